@@ -1,0 +1,50 @@
+"""Make a loaded Hugging Face model attend differently: patch, measure, undo.
+
+>>> import hf_attn_patch as hap
+>>> handle = hap.patch(model, "streaming", sinks=4, window=256)
+>>> handle.report()
+>>> handle.remove()
+
+Importing this package changes nothing anywhere and imports neither transformers nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "patch": "api",
+    "patched": "api",
+    "unpatch": "api",
+    "load": "api",
+    "active": "api",
+    "plan": "api",
+    "prompt": "api",
+    "PatchHandle": "api",
+    "available": "registry",
+    "register_patch": "registry",
+    "Patch": "registry",
+    "PatchError": "errors",
+    "find_sites": "sites",
+    "Site": "sites",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from .api import PatchHandle, active, load, patch, patched, plan, prompt, unpatch
+    from .errors import PatchError
+    from .registry import Patch, available, register_patch
+    from .sites import Site, find_sites
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,88 @@
+"""Executors: who can run a `Program`, and the one entry point `attention(program, impl=)`.
+
+Choosing: a forced ``impl`` runs or raises with the reason, it never falls back. ``auto`` takes the first of
+triton, torch, reference that can run the program, and reports why the ones before it were passed over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..program import Program
+
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
+_ORDER = ("triton", "torch", "reference")
+_MODULES = {"reference": "reference", "torch": "torch_blocks", "triton": "triton"}
+
+
+class UnsupportedProgram(RuntimeError):
+    """A forced executor cannot run a program; the message says why."""
+
+
+@dataclass
+class Result:
+    """Outcome of `attention`.
+
+    output: [B, H, L, Dv]. weights: edited probabilities [B, H, L, S] if asked for, else None.
+    executor: the one that ran. reason: why this one (one line for reports).
+    """
+
+    output: Tensor
+    weights: Tensor | None
+    executor: str
+    reason: str
+
+
+def check_impl(impl: str) -> str:
+    """Validate an implementation name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    return impl
+
+
+def executor(name: str) -> Any:
+    """The executor module `name`, imported on first use (triton only when it is asked for and present)."""
+    return importlib.import_module(f".{_MODULES[name]}", __name__)
+
+
+def why_not(name: str, program: Program) -> str | None:
+    """Reason executor `name` cannot run `program`, or None if it can."""
+    if name == "triton":
+        if importlib.util.find_spec(f"{__name__}.triton") is None:
+            return "the Triton kernels are not part of this version"
+        if program.query.device.type not in ("cuda", "xpu", "hip"):
+            return f"Triton kernels need a GPU, the tensors are on {program.query.device.type}"
+    if program.need_weights and name != "reference":
+        return "attention probabilities were asked for, only the reference executor keeps them"
+    return executor(name).why_not(program)
+
+
+def attention(program: Program, impl: str = "auto") -> Result:
+    """Run one attention call.
+
+    Args:
+        program: the call. impl: ``auto``, or a forced executor: ``reference``, ``torch``, ``triton``.
+
+    Raises:
+        ValueError: unknown `impl`.
+        UnsupportedProgram: the forced executor (or, with auto, every executor) refuses, with the reason.
+    """
+    check_impl(impl)
+    refusals = []
+    for name in _ORDER if impl == "auto" else (impl,):
+        reason = why_not(name, program)
+        if reason is None:
+            output, weights = executor(name).run(program)
+            text = "forced" if impl != "auto" else "; ".join(refusals) or "first choice"
+            return Result(output, weights if program.need_weights else None, name, text)
+        refusals.append(f"not {name}: {reason}")
+    raise UnsupportedProgram(f"impl={impl!r} cannot run {program}: {'; '.join(refusals)}")

@@ -1,0 +1,214 @@
+"""The truth: every `Program` in plain dense torch, any dtype up to float64, written like the formula.
+
+Memory is O(B H L S). Nothing here is optimised; every other executor is tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..program import Program, head_selector
+
+
+def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:
+    """Keys that mask and rules allow: bool [B, H, Lq, Sk] (broadcast over heads where possible).
+
+    Args:
+        rows: int64 [Lq] query columns. cols: int64 [Sk] or [B, Sk] key columns, -1 = empty slot.
+    """
+    mask = program.mask
+    seen = mask.block(rows, cols)
+    rule = program.rule
+    if rule is not None:
+        start = mask.start.to(rows.device).reshape(-1, 1, 1, 1)
+        head = torch.arange(rule.heads, device=rows.device).reshape(1, -1, 1, 1)
+        q = rows.reshape(1, 1, -1, 1) - start
+        k = (cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]) - start
+        read = rule.visible(head, q, k)
+        seen = seen & read.repeat_interleave(program.num_heads // read.shape[1], 1)
+    return seen.expand(program.batch, -1, -1, -1)
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor, sink_logits: Tensor | None = None) -> Tensor:
+    """Softmax over allowed keys, [B, H, L, S]; a row with no allowed key gives zeros, never NaN."""
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sink_logits is not None:
+        extra = sink_logits.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1].masked_fill(~allowed, 0.0)
+    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - top)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def attend(
+    program: Program,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    row_index: Tensor | None = None,
+    heads: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All score-level semantics of `program` for a piece of it. The reference calls it once with everything;
+    the torch executor calls it on row blocks.
+
+    Args:
+        query: [B, H', Lq, D]. key, value: [B, H', Sk, D|Dv], one per query head. allowed: bool, broadcastable to
+            [B, H', Lq, Sk]. rows: int64 [Lq] columns of the queries. cols: int64 [Sk] or [B, Sk].
+        row_index: int64 [Lq], which rows of the program these are (default: all). heads: int64 [H'], which
+            query heads these are (default: all).
+
+    Returns:
+        (output before blend and gate [B, H', Lq, Dv], edited probabilities [B, H', Lq, Sk]).
+    """
+    device = query.device
+    row_index = torch.arange(program.q_len, device=device) if row_index is None else row_index
+
+    def pick(x: float | Tensor) -> float | Tensor:  # [B|1, H|1, L|1, .] -> the rows and heads of this piece
+        if not isinstance(x, Tensor) or x.ndim < 4:
+            return x
+        x = x[:, heads] if heads is not None and x.shape[1] > 1 else x
+        return x[:, :, row_index] if x.shape[2] > 1 else x
+
+    def rows_of(flags: Tensor | None) -> Tensor | None:  # bool [B|1, L] -> [B|1, 1, Lq, 1]
+        return None if flags is None else flags[:, row_index][:, None, :, None]
+
+    def heads_of(chosen: tuple[int, ...] | None) -> Tensor | None:
+        selector = head_selector(chosen, program.num_heads, device)
+        return selector if selector is None or heads is None else selector[:, heads]
+
+    def where(*conditions: Tensor | None) -> Tensor | None:
+        found = None
+        for c in conditions:
+            if c is not None:
+                found = c if found is None else found & c
+        return found
+
+    classes = None
+    if program.key_class is not None:
+        at = cols.clamp(min=0)
+        wide = program.key_class.expand(program.batch, -1)
+        classes = wide[:, at] if at.ndim == 1 else torch.gather(wide, 1, at.expand(wide.shape[0], -1))
+        classes = classes[:, None, None, :]  # [B, 1, 1, Sk]
+
+    scores = torch.einsum("bhld,bhsd->bhls", query, key) * program.scale
+    if program.query_scale is not None:
+        scores = scores * pick(program.query_scale)
+    if program.softcap is not None:
+        scores = program.softcap * torch.tanh(scores / program.softcap)
+    bias = program.mask.bias(rows, cols)
+    if bias is not None:
+        bias = bias[:, heads] if heads is not None and bias.shape[1] > 1 else bias
+        scores = scores + bias
+    if program.position_bias is not None:
+        full = program.position_bias
+        full = full[:, heads] if heads is not None and full.shape[1] > 1 else full
+        full = full[:, :, row_index] if full.shape[2] > 1 else full
+        scores = scores + full[..., cols - program.mask.kv_offset]
+    for edit in program.score_edits:
+        target = where(
+            heads_of(edit.heads),
+            rows_of(edit.rows),
+            None if edit.key_class is None or classes is None else classes == edit.key_class,
+        )
+        amount = pick(edit.amount)
+        if edit.kind == "add":
+            changed = scores + amount
+        elif edit.kind == "abs":
+            changed = scores + amount * scores.abs()
+        elif edit.kind == "multiply":
+            changed = scores * amount
+        elif edit.kind == "mean_abs":
+            changed = scores + amount * scores.abs().mean(1, keepdim=True)
+        else:
+            raise ValueError(f"unknown score edit {edit.kind!r}")
+        scores = changed if target is None else torch.where(target, changed, scores)
+
+    sinks = program.sink_logits
+    probs = masked_softmax(scores, allowed, sinks if sinks is None or heads is None else sinks[heads])
+    for mass in program.mass_edits:
+        assert classes is not None, (
+            "a mass edit needs key classes: the patch must call program.classify first"
+        )
+        onehot = torch.stack([(classes == c) for c in range(mass.classes)], -1)  # [B, 1, 1, Sk, C]
+        masses = torch.stack([(probs * onehot[..., c]).sum(-1) for c in range(mass.classes)], -1)
+        counts = torch.stack([(allowed & onehot[..., c]).sum(-1) for c in range(mass.classes)], -1)
+        factors = mass.weights(masses, counts.to(masses.dtype), rows)  # [B, H', Lq, C]
+        per_key = sum(factors[..., c : c + 1] * onehot[..., c] for c in range(mass.classes))
+        target = where(heads_of(mass.heads), rows_of(mass.rows))
+        probs = probs * per_key if target is None else torch.where(target, probs * per_key, probs)
+    used = torch.nn.functional.dropout(probs, program.dropout) if program.dropout else probs
+    return torch.einsum("bhls,bhsd->bhld", used, value), probs
+
+
+def finish(program: Program, output: Tensor, allowed_mean: Tensor | None, own_value: Tensor | None) -> Tensor:
+    """Blends and head gate on the output [B, H, L, Dv] (the epilogue shared by executors)."""
+    for blend in program.blends:
+        target = own_value if blend.target == "value" else allowed_mean
+        mixed = (1 - blend.amount) * output + blend.amount * target
+        selector = head_selector(blend.heads, program.num_heads, output.device)
+        output = mixed if selector is None else torch.where(selector, mixed, output)
+    if program.head_gate is not None:
+        gate = program.head_gate.to(output.dtype)
+        gate = gate.reshape((1,) * (3 - gate.ndim) + tuple(gate.shape))
+        output = output * gate.permute(0, 2, 1)[..., None]
+    return output
+
+
+def per_query_head(tensor: Tensor, num_heads: int) -> Tensor:
+    """[B, Hkv, S, D] -> [B, H, S, D] (query head h reads KV head h // (H / Hkv))."""
+    return tensor.repeat_interleave(num_heads // tensor.shape[1], 1)
+
+
+def own_values(program: Program, value: Tensor) -> Tensor:
+    """Value at each query's own column, [B, H, L, Dv]."""
+    own = value[:, :, program.mask.query_columns - program.mask.kv_offset]
+    return per_query_head(own, program.num_heads)
+
+
+def run(program: Program) -> tuple[Tensor, Tensor | None]:
+    """Execute `program` densely: (output [B, H, L, Dv], edited probabilities [B, H, L, S] or None if ragged)."""
+    rows = program.mask.query_columns
+    H = program.num_heads
+    if program.ragged:
+        outputs = torch.empty(0)
+        group_size = H // program.num_kv_heads
+        for group in program.key.groups:  # type: ignore[union-attr]
+            heads = torch.tensor([g * group_size + i for g in group.heads for i in range(group_size)])
+            heads = heads.to(program.query.device)
+            allowed = visible(program, rows, group.columns)
+            allowed = allowed[:, heads] if allowed.shape[1] > 1 else allowed
+            key = group.key.repeat_interleave(group_size, 1)
+            value = group.value.repeat_interleave(group_size, 1)
+            part, _ = attend(
+                program, program.query[:, heads], key, value, allowed, rows, group.columns, heads=heads
+            )
+            if outputs.numel() == 0:
+                outputs = part.new_empty(part.shape[0], H, *part.shape[2:])
+            outputs[:, heads] = part
+        return finish(program, outputs, None, None), None
+    assert isinstance(program.key, Tensor) and isinstance(program.value, Tensor)
+    cols = program.mask.key_columns
+    allowed = visible(program, rows, cols)
+    value = per_query_head(program.value, H)
+    output, probs = attend(program, program.query, per_query_head(program.key, H), value, allowed, rows, cols)
+    mean = own = None
+    if any(b.target == "mean_value" for b in program.blends):
+        share = allowed.to(value.dtype)
+        share = share / share.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.einsum("bhls,bhsd->bhld", share.expand(-1, H, -1, -1), value)
+    if any(b.target == "value" for b in program.blends):
+        own = own_values(program, program.value)
+    return finish(program, output, mean, own), probs
+
+
+def why_not(program: Program) -> str | None:
+    """Reason the reference cannot run `program`, or None."""
+    if program.operator != "softmax":
+        return f"operator {program.operator!r} is not implemented"
+    if program.ragged and (program.blends or any(e.kind == "mean_abs" for e in program.score_edits)):
+        return "blends and head-mean score edits need all heads over the same keys (use cache='keep')"
+    return None

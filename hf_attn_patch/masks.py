@@ -1,0 +1,324 @@
+"""`Mask`: who may see whom in one forward, kept as O(L + S) facts instead of an L x S tensor.
+
+transformers asks a *mask function* for a mask once per forward (``masking_utils.create_causal_mask`` and
+friends) and passes what it returns, untouched, to every attention module. Ours returns a `Mask`. Executors ask
+it for the small pieces they need (`Mask.block`); the dense tensor exists only if somebody insists.
+
+Coordinates are *columns*: index of a token in the padded sequence, counted over everything the cache has seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _rule_parts(rule: Callable) -> list[Callable]:
+    """Flatten transformers' ``and_masks(f, g, ...)`` into its parts (its closure is the only place they live)."""
+    code = getattr(rule, "__code__", None)
+    if (
+        code is not None
+        and "mask_functions" in code.co_freevars
+        and rule.__qualname__.startswith("and_masks")
+    ):
+        parts = rule.__closure__[code.co_freevars.index("mask_functions")].cell_contents
+        return [leaf for part in parts for leaf in _rule_parts(part)]
+    return [rule]
+
+
+def _facts_of(rule: Callable | None) -> tuple[bool, int | None, bool]:
+    """(causal, window, opaque) of a transformers mask rule; opaque = not fully described by the first two."""
+    if rule is None:
+        return False, None, False
+    causal, window, opaque = False, None, False
+    for part in _rule_parts(rule):
+        name = getattr(part, "__qualname__", "")
+        if name == "causal_mask_function":
+            causal = True
+        elif name == "bidirectional_mask_function":
+            pass
+        elif name.startswith("sliding_window_overlay."):
+            free = part.__code__.co_freevars
+            size = part.__closure__[free.index("sliding_window")].cell_contents
+            window = int(size) if window is None else min(window, int(size))
+        else:
+            opaque = True
+    return causal, window, opaque
+
+
+@dataclass
+class Mask:
+    """Visibility of keys for queries, as facts.
+
+    Attributes:
+        batch: B.
+        q_len, kv_len: L and S of the attention call.
+        q_offset: column of the first query; kv_offset: column of the first key.
+        causal: a query sees no later key. window: at most this many keys, its own included (sliding layers).
+        padding: bool [B, >= kv_offset + kv_len], True = real token; None = no padding.
+        rule: transformers' mask function (b, h, q, kv) -> bool when causal/window do not say everything.
+        given: a 4-D mask that a model or user brought along, [B|1, H|1, L, S], bool or additive float.
+    """
+
+    batch: int
+    q_len: int
+    kv_len: int
+    q_offset: int = 0
+    kv_offset: int = 0
+    causal: bool = False
+    window: int | None = None
+    padding: Tensor | None = None
+    rule: Callable | None = None
+    given: Tensor | None = None
+    device: torch.device | str = "cpu"
+    flavour: str = "sdpa"
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False)
+    _native: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    # -- construction ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_transformers(cls, flavour: str = "sdpa", **arguments: Any) -> Mask:
+        """Build from the keyword arguments that transformers hands to a mask function."""
+        rule = arguments.get("mask_function")
+        causal, window, opaque = _facts_of(rule)
+        padding = arguments.get("attention_mask")
+        end = int(arguments["kv_length"]) + int(arguments.get("kv_offset", 0))
+        if padding is not None and padding.shape[-1] < end:  # static caches are longer than what was seen
+            padding = torch.nn.functional.pad(padding, (0, end - padding.shape[-1]))
+        return cls(
+            batch=int(arguments["batch_size"]),
+            q_len=int(arguments["q_length"]),
+            kv_len=int(arguments["kv_length"]),
+            q_offset=int(arguments.get("q_offset", 0)),
+            kv_offset=int(arguments.get("kv_offset", 0)),
+            causal=causal,
+            window=window,
+            padding=padding,
+            rule=rule if opaque else None,
+            device=arguments.get("device", "cpu"),
+            flavour=flavour,
+            arguments=arguments,
+        )
+
+    @classmethod
+    def of(cls, mask: Any, query: Tensor, key: Any, *, causal: bool) -> Mask:
+        """Whatever arrived at an attention function as `attention_mask`, as a `Mask`.
+
+        `causal` says what a missing mask means for this module (transformers leaves it to ``module.is_causal``).
+        """
+        if isinstance(mask, Mask):
+            return mask
+        batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+        common = dict(batch=batch, q_len=q_len, kv_len=kv_len, device=query.device)
+        if mask is None:
+            offset = kv_len - q_len if causal else 0
+            return cls(**common, causal=causal and q_len > 1, q_offset=offset)
+        if mask.ndim == 2:  # flash-style [B, S]
+            return cls(**common, causal=causal, padding=mask.bool(), q_offset=kv_len - q_len if causal else 0)
+        return cls(**common, given=mask[..., :kv_len], q_offset=kv_len - q_len if q_len <= kv_len else 0)
+
+    # -- facts ----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def has_padding(self) -> bool:
+        """True if any key that could be seen is padding."""
+        if self.padding is None:
+            return False
+        return not bool(self.padding[:, self.kv_offset : self.kv_offset + self.kv_len].all())
+
+    @functools.cached_property
+    def start(self) -> Tensor:
+        """Column of the first real token of each row, int64 [B]."""
+        if self.padding is None:
+            return torch.zeros(self.batch, dtype=torch.long, device=self.device)
+        pad = self.padding.to(torch.int8)
+        return pad.argmax(-1).expand(self.batch)
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """`start` as Python ints (one device synchronisation per forward)."""
+        return [0] * self.batch if self.padding is None else self.start.tolist()
+
+    @functools.cached_property
+    def only_left_padding(self) -> bool:
+        """True if padding, where present, is a run at the left end of each row: rows are then plain shorter rows."""
+        if not self.has_padding:
+            return True
+        seen = self.padding[:, : self.kv_offset + self.kv_len]
+        columns = torch.arange(seen.shape[1], device=seen.device)
+        return bool((seen == (columns >= self.start[: seen.shape[0], None])).all())
+
+    @property
+    def arithmetic(self) -> bool:
+        """True if causal + window + padding say everything (no opaque rule, no given tensor)."""
+        return self.rule is None and self.given is None
+
+    @property
+    def query_columns(self) -> Tensor:
+        return torch.arange(self.q_offset, self.q_offset + self.q_len, device=self.device)
+
+    @property
+    def key_columns(self) -> Tensor:
+        return torch.arange(self.kv_offset, self.kv_offset + self.kv_len, device=self.device)
+
+    # -- pieces ---------------------------------------------------------------------------------------------
+
+    def block(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Visibility of keys at `cols` for queries at `rows`.
+
+        Args:
+            rows: int64 [Lq] query columns.
+            cols: int64 [Sk], or [B, Sk] when rows of the batch hold different keys; -1 marks an empty slot.
+
+        Returns:
+            bool [B|1, H|1, Lq, Sk].
+        """
+        k = cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]
+        q = rows.reshape(1, 1, -1, 1)
+        allowed = k >= 0
+        if self.causal:
+            allowed = allowed & (k <= q)
+        if self.window is not None:
+            allowed = allowed & (k > q - self.window)
+        safe = k.clamp(min=0)
+        if self.has_padding:
+            real = self.padding.expand(self.batch, -1)
+            allowed = (
+                allowed & torch.gather(real, 1, safe.expand(self.batch, 1, 1, -1)[:, 0, 0])[:, None, None]
+            )
+        if self.rule is not None:
+            if self.arguments.get("use_vmap"):
+                dense = self.dense()
+                b = torch.arange(self.batch, device=q.device).reshape(-1, 1, 1, 1)
+                allowed = allowed & dense[b, 0, q - self.q_offset, safe - self.kv_offset]
+            else:
+                b = torch.arange(self.batch, device=q.device).reshape(-1, 1, 1, 1)
+                h = torch.zeros_like(b)
+                allowed = allowed & self.rule(b, h, q, safe)
+        if self.given is not None:
+            given = self._given(rows, cols)
+            allowed = allowed & (
+                given if given.dtype == torch.bool else given > torch.finfo(given.dtype).min / 2
+            )
+        return allowed.expand(-1, -1, rows.numel(), -1)
+
+    def bias(self, rows: Tensor, cols: Tensor) -> Tensor | None:
+        """Additive part of a given float mask, [B|1, H|1, Lq, Sk], or None."""
+        if self.given is None or self.given.dtype == torch.bool:
+            return None
+        given = self._given(rows, cols)
+        return given.masked_fill(given <= torch.finfo(given.dtype).min / 2, 0.0)
+
+    def _given(self, rows: Tensor, cols: Tensor) -> Tensor:
+        assert self.given is not None
+        r = rows - self.q_offset if self.given.shape[-2] > 1 else torch.zeros_like(rows)
+        part = self.given[:, :, r]
+        c = (cols - self.kv_offset).clamp(min=0)
+        if c.ndim == 1:
+            return part[..., c]
+        index = c[:, None, None, :].expand(-1, part.shape[1], part.shape[2], -1)
+        return torch.gather(part.expand(c.shape[0], -1, -1, -1), 3, index)
+
+    def dense(self) -> Tensor:
+        """bool [B, H|1, L, S]; O(L * S) memory, built by transformers itself where the rule is transformers'."""
+        if self.given is not None or not self.arguments:
+            return self.block(self.query_columns, self.key_columns).expand(self.batch, -1, -1, -1)
+        from transformers.masking_utils import sdpa_mask
+
+        skip = dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        if "dense" not in self._native:
+            self._native["dense"] = sdpa_mask(**{**self.arguments, **skip})
+        return self._native["dense"]
+
+    def native(self, implementation: str) -> Any:
+        """The mask exactly as transformers would have given it to `implementation` (cached: layers share it)."""
+        if not self.arguments:
+            return self.given
+        if implementation not in self._native:
+            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+
+            # an implementation without a mask function of its own gets None from transformers, so we do the same
+            make = masks[implementation] if implementation in masks else (lambda **_: None)
+            self._native[implementation] = make(**self.arguments)
+        return self._native[implementation]
+
+    # -- being a guest in code that expects a tensor ----------------------------------------------------------
+
+    def as_tensor(self) -> Tensor:
+        """The tensor a model would have seen without us (never None), for models that compute with their mask."""
+        value = self.native("eager" if self.flavour == "eager" else "sdpa")
+        if value is None:
+            value = self.dense()
+        return value
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.batch, 1, self.q_len, self.kv_len))
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.arguments.get("dtype", torch.float32) if self.flavour == "eager" else torch.bool
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Device moves keep the facts; anything else (a dtype) needs the tensor."""
+        targets = [a for a in [*args, *kwargs.values()] if not isinstance(a, bool)]
+        if all(isinstance(t, (torch.device, str, int)) for t in targets):
+            if not targets or torch.device(targets[0]) == torch.device(self.device):
+                return self
+            moved = {k: v.to(targets[0]) if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
+            if moved:
+                return Mask.from_transformers(self.flavour, **{**moved, "device": torch.device(targets[0])})
+        return self.as_tensor().to(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"Mask has no attribute {name!r}")
+        return getattr(self.as_tensor(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.as_tensor()[index]
+
+    def __len__(self) -> int:
+        return self.batch
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(x: Any) -> Any:
+            if isinstance(x, Mask):
+                return x.as_tensor()
+            if isinstance(x, (list, tuple)):
+                return type(x)(plain(y) for y in x)
+            return x
+
+        return func(*plain(tuple(args)), **{k: plain(v) for k, v in (kwargs or {}).items()})
+
+    def __repr__(self) -> str:
+        facts = [f"B={self.batch}", f"L={self.q_len}@{self.q_offset}", f"S={self.kv_len}@{self.kv_offset}"]
+        facts += ["causal"] if self.causal else []
+        facts += [f"window={self.window}"] if self.window is not None else []
+        facts += ["padded"] if self.padding is not None else []
+        facts += ["custom rule"] if self.rule is not None else []
+        facts += [f"given {self.given.dtype}"] if self.given is not None else []
+        return f"Mask({', '.join(facts)})"
+
+
+def _operator(name: str) -> Callable:
+    def method(self: Mask, *others: Any) -> Any:
+        return getattr(self.as_tensor(), name)(*(o.as_tensor() if isinstance(o, Mask) else o for o in others))
+
+    method.__name__ = name
+    return method
+
+
+for _name in "add radd sub rsub mul rmul and rand or ror invert lt le gt ge neg truediv".split():
+    setattr(Mask, f"__{_name}__", _operator(f"__{_name}__"))

@@ -1,0 +1,188 @@
+"""`Program`: one attention call as data, and the kinds of edit a method may apply to it.
+
+A method (`patches/`) edits a program; an executor (`kernels/`) runs it. Neither knows the other.
+
+Semantics, in order, for query head h, query row i, key j (reference: `kernels/reference.py`)::
+
+    s_ij = scale * query_scale_i * (q_i . k_j)          softcap: s = cap * tanh(s / cap);  + position_bias
+    s    = each score edit in turn, on its heads / rows / key classes
+    p    = softmax over the keys that mask and every rule allow      (all masked: p = 0)
+    p    = each mass edit in turn: p_ij *= w[class of j](class masses of row i)
+    o_i  = sum_j p_ij v_j;  blend: o = (1 - u) o + u * t;  gate: o *= head_gate
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from .masks import Mask
+from .rules import OnHeads, Rule, intersect
+
+if TYPE_CHECKING:
+    from .kernels.ragged import RaggedKV
+
+Heads = tuple[int, ...] | None  # query heads an edit applies to; None = all
+
+
+@dataclass
+class ScoreEdit:
+    """Change of pre-softmax scores on chosen heads, rows and key classes.
+
+    kind: ``add`` s + a | ``abs`` s + a |s| | ``multiply`` s * a | ``mean_abs`` s + a * mean over query heads of |s|.
+    amount: a, a float or a tensor broadcastable to [B, H, L, 1].
+    key_class: class of keys it applies to (see `Program.key_class`); None = every key.
+    rows: bool [B|1, L], or None = every row.
+    """
+
+    kind: Literal["add", "abs", "multiply", "mean_abs"]
+    amount: float | Tensor
+    key_class: int | None = None
+    rows: Tensor | None = None
+    heads: Heads = None
+
+
+@dataclass
+class MassEdit:
+    """Change of probabilities after softmax that is constant within a key class.
+
+    weights: called with (masses [B, H, L, C], counts [B, 1, L, C], columns int64 [L]) where `masses` is the
+        probability of each class, `counts` the number of visible keys of each class and `columns` the column of
+        each query row; returns factors [B, H, L, C] by which the probabilities of a class are multiplied.
+    classes: C, the number of key classes.
+    rows: bool [B|1, L]; rows that are False keep their probabilities. None = every row.
+    """
+
+    weights: Callable[[Tensor, Tensor, Tensor], Tensor]
+    classes: int
+    rows: Tensor | None = None
+    heads: Heads = None
+
+
+@dataclass
+class Blend:
+    """``o = (1 - u) o + u t``: mix the head output with t = the query's own ``value`` or the ``mean_value`` of
+    the keys it may see. `amount` u: float or tensor broadcastable to [B, H, L, 1]."""
+
+    target: Literal["value", "mean_value"]
+    amount: float | Tensor
+    heads: Heads = None
+
+
+@dataclass
+class Program:
+    """One attention call.
+
+    Attributes:
+        query: [B, H, L, D]. key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv] (Hkv divides H, never repeated), or a
+            `RaggedKV` for both when a cache keeps a different span per KV head.
+        mask: who may see whom. rules: what will be read (layout), intersected.
+        scale: softmax scale. query_scale: broadcastable to [B, H, L, 1]. softcap: tanh cap of scores.
+        position_bias: additive score bias the model brought along, broadcastable to [B, H, L, S].
+        sink_logits: [H], one extra logit per head that takes part in the softmax and has no value (gpt-oss).
+        key_class: int8 [B, S_columns], class of the key at each *column*; 0 = no class.
+        head_gate: broadcastable to [B, L, H], multiplies the head's output.
+        operator: what replaces softmax attention; only "softmax" so far.
+    """
+
+    query: Tensor
+    key: Tensor | RaggedKV
+    value: Tensor | RaggedKV
+    mask: Mask
+    scale: float
+    rules: list[Rule] = field(default_factory=list)
+    query_scale: Tensor | None = None
+    softcap: float | None = None
+    position_bias: Tensor | None = None
+    sink_logits: Tensor | None = None
+    key_class: Tensor | None = None
+    score_edits: list[ScoreEdit] = field(default_factory=list)
+    mass_edits: list[MassEdit] = field(default_factory=list)
+    blends: list[Blend] = field(default_factory=list)
+    head_gate: Tensor | None = None
+    operator: str = "softmax"
+    dropout: float = 0.0
+    need_weights: bool = False
+
+    # -- shapes ---------------------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def q_len(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def ragged(self) -> bool:
+        """True if K/V come from a cache with per-KV-head spans."""
+        return not isinstance(self.key, Tensor)
+
+    @property
+    def rule(self) -> Rule | None:
+        """All rules as one, or None when every visible key is read."""
+        return intersect(self.rules)
+
+    @property
+    def edits_scores(self) -> bool:
+        """True if plain softmax(q k^T) v with a mask does not describe the program (gates aside)."""
+        return bool(
+            self.score_edits or self.mass_edits or self.softcap is not None or self.sink_logits is not None
+        )
+
+    # -- what methods call ------------------------------------------------------------------------------------
+
+    def restrict(self, rule: Rule, heads: Heads = None) -> None:
+        """Read only the keys of `rule` (on the listed query heads; the others read everything they may)."""
+        self.rules.append(rule if heads is None else OnHeads(rule, tuple(heads), self.num_heads))
+
+    def gate(self, gate: Tensor, heads: Heads = None) -> None:
+        """Multiply head outputs by `gate`, broadcastable to [B, L, H] (with `heads`: to [B, L, len(heads)])."""
+        if heads is not None:
+            full = torch.ones((*gate.shape[:-1], self.num_heads), dtype=gate.dtype, device=gate.device)
+            full[..., list(heads)] = gate.expand(*gate.shape[:-1], len(heads))
+            gate = full
+        self.head_gate = gate if self.head_gate is None else self.head_gate * gate
+
+    def classify(self, key_class: Tensor) -> None:
+        """Set key classes, int8 [B, S_columns]. One patch may do so per program.
+
+        Raises:
+            RuntimeError: another patch set different classes already.
+        """
+        if self.key_class is not None:
+            raise RuntimeError(
+                "two patches classify the keys of one attention call; mass and score edits of both would mix"
+            )
+        self.key_class = key_class
+
+    def __repr__(self) -> str:
+        q, k = tuple(self.query.shape), tuple(self.key.shape)
+        parts = [f"q{list(q)} k{list(k)} {str(self.query.dtype).removeprefix('torch.')}", repr(self.mask)]
+        parts += [f"read {rule}" for rule in self.rules]
+        for name, edits in (("score", self.score_edits), ("mass", self.mass_edits), ("blend", self.blends)):
+            parts += [f"{name} edit x{len(edits)}"] if edits else []
+        parts += ["head gate"] if self.head_gate is not None else []
+        return f"Program({', '.join(parts)})"
+
+
+def head_selector(heads: Sequence[int] | None, num_heads: int, device: torch.device) -> Tensor | None:
+    """bool [1, H, 1, 1], True on `heads`; None when all heads are meant."""
+    if heads is None:
+        return None
+    selector = torch.zeros(num_heads, dtype=torch.bool, device=device)
+    selector[list(heads)] = True
+    return selector.reshape(1, -1, 1, 1)
