@@ -31,7 +31,23 @@ _PUBLIC = {
     "find_sites": "sites",
     "Site": "sites",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Patch",
+    "PatchError",
+    "PatchHandle",
+    "Site",
+    "__version__",
+    "active",
+    "available",
+    "find_sites",
+    "load",
+    "patch",
+    "patched",
+    "plan",
+    "prompt",
+    "register_patch",
+    "unpatch",
+]
 
 if TYPE_CHECKING:
     from .api import PatchHandle, active, load, patch, patched, plan, prompt, unpatch

@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 
+def first_true(flags: Tensor) -> Tensor:
+    """Index of the first True of each row of [B, S], int64 [B]; S where there is none."""
+    return torch.where(flags.any(-1), flags.to(torch.int8).argmax(-1), flags.shape[-1])
+
+
 def _rule_parts(rule: Callable) -> list[Callable]:
     """Flatten transformers' ``and_masks(f, g, ...)`` into its parts (its closure is the only place they live)."""
     code = getattr(rule, "__code__", None)
@@ -134,11 +139,10 @@ class Mask:
 
     @functools.cached_property
     def start(self) -> Tensor:
-        """Column of the first real token of each row, int64 [B]."""
+        """Column of the first real token of each row, int64 [B]; past the end for a row of padding only."""
         if self.padding is None:
             return torch.zeros(self.batch, dtype=torch.long, device=self.device)
-        pad = self.padding.to(torch.int8)
-        return pad.argmax(-1).expand(self.batch)
+        return first_true(self.padding).expand(self.batch)
 
     @functools.cached_property
     def starts(self) -> list[int]:

@@ -9,6 +9,7 @@ Convention: a *window* counts visible keys including the query's own.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +49,41 @@ class Rule:
         """A token order that makes the rule block-sparse (N-D tiles); -1 pads; None = as is."""
         return None
 
+    def tile_kind(self, head: int, q_lo: Tensor, k_lo: Tensor, block: int) -> Tensor | None:
+        """Numbers int64 [n, c] such that blocks (of at most `block` tokens, starting at q_lo and k_lo) with equal
+        numbers, of whatever head, hold equal visibility: each kind of tile is evaluated once. None = unknown."""
+        return None
+
+    def block_kinds(self, head: int, q_tokens: Tensor, k_tokens: Tensor) -> Tensor | None:
+        """The same for blocks of reordered tokens: int64 [nq, nk], 0 = nothing is visible, 1 = everything is.
+
+        Args:
+            q_tokens, k_tokens: positions int64 [nq, block_q], [nk, block_k], -1 = hole (a hole in the keys is
+            nothing to see, one in the queries has no say).
+        """
+        return None
+
     def required_len(self) -> int | None:
         """Sequence length the rule is defined for, if it is a fixed one (vision grids)."""
         return None
+
+
+@dataclass(frozen=True)
+class Everything(Rule):
+    """No restriction."""
+
+    def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q == q) & (k == k)
+
+    def key_ranges(self, head: int, q_lo: Tensor, q_hi: Tensor, kv_len: int) -> tuple[Ranges, Ranges]:
+        everything = [(torch.zeros_like(q_lo), torch.zeros_like(q_lo) + kv_len)]
+        return everything, everything
+
+    def tile_kind(self, head: int, q_lo: Tensor, k_lo: Tensor, block: int) -> Tensor | None:
+        return torch.zeros_like(q_lo)[:, None]
+
+    def block_kinds(self, head: int, q_tokens: Tensor, k_tokens: Tensor) -> Tensor | None:
+        return torch.ones(len(q_tokens), len(k_tokens), dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -81,6 +114,12 @@ class SinkWindow(Rule):
         zero = torch.zeros_like(q_lo)
         sink = (zero, zero + sinks)
         return [sink, (q_lo - window + 1, q_hi - 1 + window)], [sink, (q_hi - window, q_lo + window)]
+
+    def tile_kind(self, head: int, q_lo: Tensor, k_lo: Tensor, block: int) -> Tensor | None:
+        sinks, window = self.of(head)
+        distance = (q_lo - k_lo).clamp(-window - block, window + block)
+        sink_part = (sinks - k_lo).clamp(0, block)
+        return torch.stack([torch.full_like(q_lo, window), distance, sink_part], -1)
 
 
 @dataclass(frozen=True)
@@ -117,6 +156,15 @@ class BlockSinkWindow(Rule):
         maybe = ((first - local + 1) * b, (last + local) * b)
         surely = ((last - local + 1) * b, (first + local) * b)
         return [sinks, maybe], [sinks, surely]
+
+    def tile_kind(self, head: int, q_lo: Tensor, k_lo: Tensor, block: int) -> Tensor | None:
+        sink = self.sink_blocks[min(head, len(self.sink_blocks) - 1)] * self.block
+        local = self.local_blocks[min(head, len(self.local_blocks) - 1)]
+        reach = local * self.block + self.block + block
+        distance = (q_lo - k_lo).clamp(-reach, reach)
+        return torch.stack(
+            [torch.full_like(q_lo, local), distance, q_lo % self.block, (sink - k_lo).clamp(0, block)], -1
+        )
 
 
 @dataclass(frozen=True)
@@ -173,6 +221,140 @@ class Neighborhood(Rule):
         assert seen is not None
         return seen | (q < self.prefix) | (k < self.prefix)
 
+    def axis_bounds(self, axis: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last key coordinate seen on one axis by queries at `index`."""
+        L, W, s, d = self.grid[axis], self.window[axis], self.stride[axis], self.dilation[axis]
+        g, p = index % d, index // d
+        length = (L - g + d - 1) // d
+        if self.causal[axis]:
+            leader = torch.minimum(s * (p // s) + s - 1, length - 1)
+            return g + d * (leader - W + 1).clamp(min=0), index
+        leader = torch.minimum(s * (p // s) + s // 2, length - 1)
+        lo = torch.minimum((leader - W // 2).clamp(min=0), length - W)
+        return g + d * lo, g + d * (lo + W - 1)
+
+    def key_ranges(self, head: int, q_lo: Tensor, q_hi: Tensor, kv_len: int) -> tuple[Ranges, Ranges]:
+        # Bounds on the slowest axis only. Within a dilation group windows move monotonically with the query, so
+        # the extremes of a run are among its first and last d coordinates.
+        inner, d, L = math.prod(self.grid[1:]), self.dilation[0], self.grid[0]
+        first = ((q_lo - self.prefix) // inner).clamp(0, L - 1)
+        last = ((q_hi - 1 - self.prefix) // inner).clamp(0, L - 1)
+        step = torch.arange(d, device=q_lo.device)
+        head_, tail = (
+            torch.minimum(first[:, None] + step, last[:, None]),
+            torch.maximum(last[:, None] - step, first[:, None]),
+        )
+        lo, hi = self.axis_bounds(0, head_)[0].amin(1), self.axis_bounds(0, tail)[1].amax(1) + 1
+        zero = torch.zeros_like(q_lo)
+        special = q_lo < self.prefix  # a run with a prefix query sees everything
+        maybe = (
+            torch.where(special, 0, self.prefix + lo * inner),
+            torch.where(special, kv_len, self.prefix + hi * inner),
+        )
+        prefix = (zero, zero + self.prefix)
+        surely = [prefix, (zero, torch.where(q_hi <= self.prefix, kv_len, 0))]
+        if len(self.grid) == 1 and d == 1:
+            # plain 1-D windows: what the latest window start and the earliest window end leave is seen by all
+            stop = self.axis_bounds(0, first)[1] + 1
+            start = self.axis_bounds(0, last)[0]
+            surely.append((self.prefix + start, torch.where(special, 0, self.prefix + stop)))
+        return [prefix, maybe], surely
+
+    def tile_shape(self, block: int) -> tuple[int, ...]:
+        """Box of `block` tokens (a power of two per axis, as cubic as the grid allows; slower axes get less)."""
+        shape = [1] * len(self.grid)
+        while math.prod(shape) < block:
+            room = [a for a in range(len(shape)) if shape[a] < self.grid[a]] or [len(shape) - 1]
+            axis = min(reversed(room), key=lambda a: shape[a])
+            shape[axis] *= 2
+        return tuple(shape)
+
+    def token_order(self, block: int) -> tuple[int, ...] | None:
+        if len(self.grid) == 1 and self.dilation[0] == 1:
+            return None
+        return _box_order(self.grid, self.dilation, self.tile_shape(block), self.prefix, block)
+
+    def block_kinds(self, head: int, q_tokens: Tensor, k_tokens: Tensor) -> Tensor | None:
+        # The rule is a product over axes, and so is a tile: number the distinct tiles of each axis, then combine.
+        hole_q, hole_k = q_tokens < 0, k_tokens < 0
+        kinds = torch.zeros(len(q_tokens), len(k_tokens), dtype=torch.long)
+        nothing, everything = (
+            torch.zeros_like(kinds, dtype=torch.bool),
+            torch.ones_like(kinds, dtype=torch.bool),
+        )
+        for axis, (qi, ki) in enumerate(zip(self.coordinates(q_tokens), self.coordinates(k_tokens))):
+            rows, at_row = torch.unique(qi.masked_fill(hole_q, -1), dim=0, return_inverse=True)
+            cols, at_col = torch.unique(ki.masked_fill(hole_k, -1), dim=0, return_inverse=True)
+            known: dict[bytes, int] = {}
+            number = torch.zeros(len(rows), len(cols), dtype=torch.long)
+            for i, row in enumerate(rows):  # one row of pairs at a time bounds memory
+                q, k = row[None, :, None], cols[:, None, :]
+                seen = (self.axis_visible(axis, q, k) | (q < 0)) & (k >= 0)
+                empty, full = ~(seen & (q >= 0)).flatten(1).any(1), seen.flatten(1).all(1)
+                for j, pattern in enumerate(seen.numpy()):
+                    if not empty[j] and not full[j]:
+                        number[i, j] = known.setdefault(pattern.tobytes(), len(known) + 2)
+                    else:
+                        number[i, j] = 0 if empty[j] else 1
+            axis_kind = number[at_row][:, at_col]
+            nothing |= axis_kind == 0
+            everything &= axis_kind == 1
+            kinds = kinds * (len(known) + 2) + axis_kind
+        kinds = (kinds + 2).masked_fill(everything, 1).masked_fill(nothing, 0)
+        special = ((q_tokens < self.prefix) & ~hole_q).any(1)[:, None] | (
+            (k_tokens < self.prefix) & ~hole_k
+        ).any(1)[None]  # blocks with prefix tokens are looked at one by one
+        return torch.where(special, kinds.max() + 2 + torch.arange(kinds.numel()).reshape(kinds.shape), kinds)
+
+
+@functools.lru_cache(maxsize=64)
+def _box_order(
+    grid: tuple[int, ...], dilation: tuple[int, ...], tile: tuple[int, ...], prefix: int, block: int
+) -> tuple[int, ...]:
+    """Tokens of a row-major grid by dilation group, then by box of `tile` tokens, in each box by halves (so that
+    smaller blocks are boxes too); prefix tokens follow in a block of their own. -1 fills incomplete boxes."""
+    keys, shape = [], []
+    for size, d, t in zip(grid, dilation, tile):
+        per_group = -(-size // d)
+        padded = -(-per_group // t) * t
+        p = torch.arange(padded)
+        index = torch.arange(d)[:, None] + d * p  # [group, place]
+        keys.append(torch.where(index < size, index, -1).reshape(d, padded // t, t))
+        shape.append((d, padded // t, t))
+    n = len(grid)
+    position = torch.zeros([s for axis in shape for s in axis], dtype=torch.long)
+    hole = torch.zeros_like(position, dtype=torch.bool)
+    for axis, key in enumerate(keys):
+        view = [1] * (3 * n)
+        view[3 * axis : 3 * axis + 3] = key.shape
+        key = key.reshape(view)
+        position = position * grid[axis] + key.clamp(min=0)
+        hole = hole | (key < 0)
+    position = (position + prefix).masked_fill(hole, -1)
+    # split the in-box axes into bits, slowest bits of all axes first
+    bits = [(axis, int(math.log2(t))) for axis, t in enumerate(tile)]
+    split, place = [], {}
+    for axis, (d, tiles, _) in enumerate(shape):
+        place[axis] = len(split)
+        split += [d, tiles] + [2] * bits[axis][1]
+    position = position.reshape(split)
+    groups = [place[a] for a in range(n)]
+    boxes = [place[a] + 1 for a in range(n)]
+    inside = sorted(
+        ((bits[a][1] - 1 - i, a, place[a] + 2 + (i)) for a in range(n) for i in range(bits[a][1])),
+        key=lambda x: (-x[0], x[1]),
+    )
+    position = position.permute(groups + boxes + [dim for _, _, dim in inside]).reshape(-1)
+    parts = [position]
+    if prefix:
+        tail = torch.full((-(-prefix // block) * block,), -1, dtype=torch.long)
+        tail[:prefix] = torch.arange(prefix)
+        parts.append(tail)
+    order = torch.cat(parts)
+    # boxes that hold no token at all (dilation groups of unequal size) would only cost time
+    order = order.reshape(-1, block)
+    return tuple(order[(order >= 0).any(1)].flatten().tolist())
+
 
 @dataclass(frozen=True)
 class OnHeads(Rule):
@@ -192,11 +374,23 @@ class OnHeads(Rule):
         if head in self.on:
             inner = head * self.rule.heads // self.heads if self.rule.heads > 1 else 0
             return self.rule.key_ranges(inner, q_lo, q_hi, kv_len)
-        everything = [(torch.zeros_like(q_lo), torch.zeros_like(q_lo) + kv_len)]
-        return everything, everything
+        return Everything().key_ranges(head, q_lo, q_hi, kv_len)
 
     def token_order(self, block: int) -> tuple[int, ...] | None:
         return self.rule.token_order(block)
+
+    def tile_kind(self, head: int, q_lo: Tensor, k_lo: Tensor, block: int) -> Tensor | None:
+        inner = head * self.rule.heads // self.heads if self.rule.heads > 1 else 0
+        kind = self.rule.tile_kind(inner, q_lo, k_lo, block)
+        # the column that tells "on" from "off" keeps the tiles of both apart
+        on = torch.full_like(q_lo, head in self.on)[:, None]
+        return None if kind is None else torch.cat([on, kind * on], -1)
+
+    def block_kinds(self, head: int, q_tokens: Tensor, k_tokens: Tensor) -> Tensor | None:
+        if head not in self.on:
+            return Everything().block_kinds(head, q_tokens, k_tokens)
+        inner = head * self.rule.heads // self.heads if self.rule.heads > 1 else 0
+        return self.rule.block_kinds(inner, q_tokens, k_tokens)
 
     def required_len(self) -> int | None:
         return self.rule.required_len()
@@ -225,9 +419,33 @@ class AllOf(Rule):
         orders = [o for o in (rule.token_order(block) for rule in self.rules) if o is not None]
         return orders[0] if orders else None
 
+    def key_ranges(self, head: int, q_lo: Tensor, q_hi: Tensor, kv_len: int) -> tuple[Ranges, Ranges]:
+        maybe, surely = Everything().key_ranges(head, q_lo, q_hi, kv_len)
+        for rule in self.rules:
+            more, sure = rule.key_ranges(self._inner(rule, head), q_lo, q_hi, kv_len)
+            maybe, surely = _meet(maybe, more), _meet(surely, sure)
+        return maybe, surely
+
+    def tile_kind(self, head: int, q_lo: Tensor, k_lo: Tensor, block: int) -> Tensor | None:
+        kinds = [rule.tile_kind(self._inner(rule, head), q_lo, k_lo, block) for rule in self.rules]
+        return None if any(kind is None for kind in kinds) else torch.cat(kinds, -1)  # type: ignore[arg-type]
+
+    def block_kinds(self, head: int, q_tokens: Tensor, k_tokens: Tensor) -> Tensor | None:
+        kinds = [rule.block_kinds(self._inner(rule, head), q_tokens, k_tokens) for rule in self.rules]
+        if any(kind is None for kind in kinds):
+            return None
+        stack = torch.stack(kinds, -1)  # type: ignore[arg-type]
+        joint = torch.unique(stack.flatten(0, 1), dim=0, return_inverse=True)[1].reshape(stack.shape[:2]) + 2
+        return joint.masked_fill((stack == 1).all(-1), 1).masked_fill((stack == 0).any(-1), 0)
+
     def required_len(self) -> int | None:
         lengths = {n for n in (rule.required_len() for rule in self.rules) if n is not None}
         return lengths.pop() if len(lengths) == 1 else None
+
+
+def _meet(a: Ranges, b: Ranges) -> Ranges:
+    """Pairwise intersections of two unions of ranges."""
+    return [(torch.maximum(x[0], y[0]), torch.minimum(x[1], y[1])) for x in a for y in b]
 
 
 def intersect(rules: list[Rule]) -> Rule | None:

@@ -12,7 +12,7 @@ from ..program import Program, head_selector
 
 
 def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:
-    """Keys that mask and rules allow: bool [B, H, Lq, Sk] (broadcast over heads where possible).
+    """Keys that mask and rules allow: bool [B, H|1, Lq, Sk] (1 where all heads see the same).
 
     Args:
         rows: int64 [Lq] query columns. cols: int64 [Sk] or [B, Sk] key columns, -1 = empty slot.
@@ -26,7 +26,7 @@ def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:
         q = rows.reshape(1, 1, -1, 1) - start
         k = (cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]) - start
         read = rule.visible(head, q, k)
-        seen = seen & read.repeat_interleave(program.num_heads // read.shape[1], 1)
+        seen = seen & (read if rule.heads == 1 else read.repeat_interleave(program.num_heads // rule.heads, 1))
     return seen.expand(program.batch, -1, -1, -1)
 
 
@@ -56,8 +56,9 @@ def attend(
     the torch executor calls it on row blocks.
 
     Args:
-        query: [B, H', Lq, D]. key, value: [B, H', Sk, D|Dv], one per query head. allowed: bool, broadcastable to
-            [B, H', Lq, Sk]. rows: int64 [Lq] columns of the queries. cols: int64 [Sk] or [B, Sk].
+        query: [B, H', Lq, D]. key, value: [B, Hkv', Sk, D|Dv], Hkv' divides H' (query head h reads h // (H'/Hkv')).
+        allowed: bool, broadcastable to [B, H', Lq, Sk]. rows: int64 [Lq] columns of the queries. cols: int64 [Sk]
+            or [B, Sk].
         row_index: int64 [Lq], which rows of the program these are (default: all). heads: int64 [H'], which
             query heads these are (default: all).
 
@@ -94,7 +95,8 @@ def attend(
         classes = wide[:, at] if at.ndim == 1 else torch.gather(wide, 1, at.expand(wide.shape[0], -1))
         classes = classes[:, None, None, :]  # [B, 1, 1, Sk]
 
-    scores = torch.einsum("bhld,bhsd->bhls", query, key) * program.scale
+    # the query heads that share a KV head are rows of one product: K and V are never repeated
+    scores = (_by_kv_head(query, key.shape[1]) @ key.mT).reshape(*query.shape[:3], key.shape[2]) * program.scale
     if program.query_scale is not None:
         scores = scores * pick(program.query_scale)
     if program.softcap is not None:
@@ -141,7 +143,13 @@ def attend(
         target = where(heads_of(mass.heads), rows_of(mass.rows))
         probs = probs * per_key if target is None else torch.where(target, probs * per_key, probs)
     used = torch.nn.functional.dropout(probs, program.dropout) if program.dropout else probs
-    return torch.einsum("bhls,bhsd->bhld", used, value), probs
+    output = _by_kv_head(used, value.shape[1]) @ value
+    return output.reshape(*query.shape[:3], value.shape[3]), probs
+
+
+def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, L, E] -> [B, Hkv, H / Hkv * L, E]."""
+    return x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
 
 
 def finish(program: Program, output: Tensor, allowed_mean: Tensor | None, own_value: Tensor | None) -> Tensor:
@@ -181,10 +189,8 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
             heads = heads.to(program.query.device)
             allowed = visible(program, rows, group.columns)
             allowed = allowed[:, heads] if allowed.shape[1] > 1 else allowed
-            key = group.key.repeat_interleave(group_size, 1)
-            value = group.value.repeat_interleave(group_size, 1)
             part, _ = attend(
-                program, program.query[:, heads], key, value, allowed, rows, group.columns, heads=heads
+                program, program.query[:, heads], group.key, group.value, allowed, rows, group.columns, heads=heads
             )
             if outputs.numel() == 0:
                 outputs = part.new_empty(part.shape[0], H, *part.shape[2:])
@@ -193,13 +199,13 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
     assert isinstance(program.key, Tensor) and isinstance(program.value, Tensor)
     cols = program.mask.key_columns
     allowed = visible(program, rows, cols)
-    value = per_query_head(program.value, H)
-    output, probs = attend(program, program.query, per_query_head(program.key, H), value, allowed, rows, cols)
+    output, probs = attend(program, program.query, program.key, program.value, allowed, rows, cols)
     mean = own = None
     if any(b.target == "mean_value" for b in program.blends):
+        value = per_query_head(program.value, H)
         share = allowed.to(value.dtype)
         share = share / share.sum(-1, keepdim=True).clamp(min=1)
-        mean = torch.einsum("bhls,bhsd->bhld", share.expand(-1, H, -1, -1), value)
+        mean = share @ value
     if any(b.target == "value" for b in program.blends):
         own = own_values(program, program.value)
     return finish(program, output, mean, own), probs

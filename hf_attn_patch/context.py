@@ -1,0 +1,293 @@
+"""`Context`: facts of the running forward that an attention function is not given.
+
+A patch declares what it needs, and only then are hooks installed: on the transformers models around its sites
+(input ids, pixel values, the cache) and on its layers (hidden states). What must outlive one forward, such as the
+image tokens of a prompt, is kept *per cache object* in a weak dictionary, so that a second decoding stream
+cannot overwrite it; without a cache every forward starts anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CacheError, PatchError
+from .sites import layer_module
+
+if TYPE_CHECKING:
+    from .dispatch import SitePatch
+
+NEEDS = {
+    "image_keys": "which keys are image tokens (from input_ids)",
+    "layer_input": "hidden states entering the layer",
+    "grid": "patch grid of the image or video (from pixel_values)",
+    "prompt": "length of the prompt",
+    "cache": "KV cache layers with a span per KV head",
+    "head_mask": "whether the caller passes head_mask=, which transformers v5 swallows",
+}
+
+
+class Context:
+    """Facts of the running forward.
+
+    Attributes:
+        prompt_length: tokens of the prompt = length of the first forward that filled the cache; without a cache
+            the length of this forward. `hap.prompt(model, length=...)` overrides it (teacher-forced scoring).
+        image_keys: bool [B, columns seen], or None when no input ids were given.
+        grid: patch grid, e.g. (16, 16) or (T, Gh, Gw), of the pixel values in this forward.
+        output_attentions: what the caller asked for, or None.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.needs: set[str] = set()
+        self.handles: list[Any] = []
+        self.owners: list[str] = []
+        self.layers: dict[str, Any] = {}
+        self.override: dict[str, Any] = {}
+        self._memory: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._depth = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._forward: dict[str, Any] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self.cache: Any = None
+        self.output_attentions: bool | None = None
+        self.grid: tuple[int, ...] | None = None
+        self.new_tokens: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # copies start with an empty memory: their caches are others
+        state = dict(self.__dict__)
+        state["_memory"] = None
+        for name in ("_forward", "_inputs"):
+            state[name] = {}
+        state["cache"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._memory = weakref.WeakKeyDictionary()
+        self._depth = 0
+
+    # -- what methods read ------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Scratch space that lives as long as the cache (or this forward, without one)."""
+        if self.cache is None:
+            return self._forward
+        return self._memory.setdefault(self.cache, {})
+
+    @property
+    def prompt_length(self) -> int | None:
+        if "length" in self.override:
+            return self.override["length"]
+        return self.memory.get("prompt_length")
+
+    @property
+    def image_keys(self) -> Tensor | None:
+        """bool [B, columns seen so far, this forward included], True on image tokens."""
+        given = self.override.get("image_keys")
+        return self.memory.get("image_keys") if given is None else given
+
+    def layer_input(self, path: str) -> Tensor:
+        """Hidden states [B, L, C] that entered the layer of the site at `path` in this forward."""
+        return self._inputs[path]
+
+    # -- hooks --------------------------------------------------------------------------------------------------
+
+    def install(self, model: nn.Module, needs: set[str], paths: list[str], span_owner: Any) -> None:
+        """Install the hooks for `needs` at the sites `paths`; `span_owner(cache, facts)` converts caches."""
+        from transformers import PreTrainedModel
+
+        self.remove()
+        self.needs = set(needs)
+        self.span_owner = span_owner
+        self.config = model.config
+        owners: dict[int, nn.Module] = {}
+        for path in paths:
+            names = path.split(".")
+            for end in range(len(names)):
+                module = model.get_submodule(".".join(names[:end]))
+                if isinstance(module, PreTrainedModel):
+                    owners[id(module)] = module
+        for module in owners.values():
+            self.handles.append(module.register_forward_pre_hook(self.before_model, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
+        if "layer_input" in needs:
+            for path in paths:
+                hook = _LayerInput(self, path)
+                self.handles.append(
+                    layer_module(model, path).register_forward_pre_hook(hook.before, with_kwargs=True)
+                )
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.needs = set()
+
+    def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        names = _parameter_names(type(module))
+        given = {**dict(zip(names, args)), **kwargs}
+        if self._depth == 0:
+            self._reset()
+        self._depth += 1
+        if given.get("output_attentions") is not None:
+            self.output_attentions = bool(given["output_attentions"])
+        if "head_mask" in self.needs and given.get("head_mask") is not None and "head_mask" not in names:
+            warnings.warn(
+                f"{type(module).__name__} got head_mask=, which transformers v5 accepts and ignores; set the gates of "
+                "the head_gate patch instead",
+                stacklevel=2,
+            )
+        pixels = given.get("pixel_values", given.get("pixel_values_videos"))
+        if isinstance(pixels, Tensor):
+            self.grid = grid_of(pixels, getattr(module, "config", None)) or self.grid
+        ids = given.get("input_ids", given.get("decoder_input_ids"))
+        embeds = given.get("inputs_embeds")
+        fresh = ids if isinstance(ids, Tensor) else embeds
+        cache = given.get("past_key_values")
+        changed = None
+        if "past_key_values" in names and isinstance(fresh, Tensor):
+            if cache is None and "cache" in self.needs and self._makes_cache(module, given):
+                from transformers import DynamicCache
+
+                cache = DynamicCache(config=module.config)
+                changed = cache
+            if cache is not None:
+                self.cache = cache
+            self.new_tokens = fresh.shape[1]
+            seen = int(cache.get_seq_length()) if cache is not None else 0
+            self._track_prompt(seen, fresh.shape[1])
+            if isinstance(ids, Tensor):
+                self._track_images(ids, seen)
+            if cache is not None and "cache" in self.needs:
+                self.span_owner(cache, self, given.get("attention_mask"))
+        if changed is not None:
+            if len(args) > names.index("past_key_values"):
+                position = names.index("past_key_values")
+                args = (*args[:position], changed, *args[position + 1 :])
+            else:
+                kwargs = {**kwargs, "past_key_values": changed}
+            return args, kwargs
+        return None
+
+    def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth = max(self._depth - 1, 0)
+        if self._depth == 0:
+            self._reset()
+
+    def _makes_cache(self, module: nn.Module, given: dict[str, Any]) -> bool:
+        config = module.config
+        use = given.get("use_cache")
+        if use is None:
+            use = getattr(config.get_text_config(), "use_cache", False)
+        return bool(use) and not module.training and not getattr(config, "is_encoder_decoder", False)
+
+    def _track_prompt(self, seen: int, new: int) -> None:
+        if seen == 0 or "prompt_length" not in self.memory:
+            if seen == 0 and self._depth == 1:  # a new prompt; inner models of this forward only add to it
+                self.memory.clear()
+            self.memory["prompt_length"] = seen + new
+        self._forward["seen"] = seen
+
+    def _track_images(self, ids: Tensor, seen: int) -> None:
+        if "image_keys" not in self.needs or self._forward.get("images_done"):
+            return
+        wanted = image_token_ids(self.config)
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for token in wanted:
+            found |= ids == token
+        before = self.memory.get("image_keys")
+        if seen == 0 or before is None:
+            before = found.new_zeros(ids.shape[0], seen)
+        if before.shape[0] != ids.shape[0]:  # beams: rows of one item share their prompt
+            before = before.repeat_interleave(ids.shape[0] // before.shape[0], 0)
+        self.memory["image_keys"] = torch.cat([before[:, :seen], found], 1)
+        self._forward["images_done"] = True
+
+    @contextmanager
+    def prompt(self, **facts: Any) -> Iterator[None]:
+        before = self.override
+        self.override = {**before, **{k: v for k, v in facts.items() if v is not None}}
+        try:
+            yield
+        finally:
+            self.override = before
+
+
+class _LayerInput:
+    """Pre-hook of one layer (a class, so that deepcopy carries its context along)."""
+
+    def __init__(self, context: Context, path: str):
+        self.context, self.path = context, path
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if hidden is None:
+            raise PatchError(f"{type(module).__name__} got no hidden states as first argument or by name")
+        self.context._inputs[self.path] = hidden
+
+
+_names: dict[type, list[str]] = {}
+
+
+def _parameter_names(cls: type) -> list[str]:
+    """Parameter names of a model class' forward, without self."""
+    if cls not in _names:
+        _names[cls] = list(inspect.signature(cls.forward).parameters)[1:]
+    return _names[cls]
+
+
+def image_token_ids(config: Any) -> list[int]:
+    """Placeholder ids of image and video tokens in a model config."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = []
+    for source in (config, getattr(config, "get_text_config", lambda: None)()):
+        for name in names:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and value not in found:
+                found.append(value)
+    return found
+
+
+def grid_of(pixels: Tensor, config: Any) -> tuple[int, ...] | None:
+    """Patch grid of pixel values [B, C, H, W] or [B, T, C, H, W] for a vision config; None if it does not say."""
+    vision = getattr(config, "vision_config", None) or config
+    patch, tubelet = getattr(vision, "patch_size", None), getattr(vision, "tubelet_size", None)
+    if patch is None and tubelet is None:
+        return None
+    if isinstance(tubelet, (tuple, list)) and len(tubelet) == 3:
+        time, height, width = tubelet
+    else:
+        sides = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
+        time, height, width = tubelet or 1, sides[-2], sides[-1]
+    if pixels.ndim == 4:
+        return (pixels.shape[-2] // height, pixels.shape[-1] // width)
+    if pixels.ndim == 5 and tubelet:
+        return (pixels.shape[1] // time, pixels.shape[-2] // height, pixels.shape[-1] // width)
+    return None
+
+
+def site_patches(model: nn.Module) -> list[SitePatch]:
+    """Every `SitePatch` below `model` (copies that PEFT made included)."""
+    from .dispatch import SitePatch
+
+    return [m for m in model.modules() if isinstance(m, SitePatch)]
+
+
+def refuse_filled(cache: Any, kind: str) -> CacheError:
+    """Error for a cache that holds tokens from before the patch."""
+    return CacheError(
+        f"the cache already holds {cache.get_seq_length()} tokens in {kind} layers that were filled without this "
+        "patch. Start with a fresh cache; or patch with cache='keep', which reads only the patch's keys but frees "
+        "no memory and accepts any cache"
+    )

@@ -1,0 +1,247 @@
+"""`run`: one task on a live model, as it is and with each patch, on the same items."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import api
+from ..env import command_line, environment
+from .result import Result, Variant
+from .specs import PatchSpec, SpecError, parse_patch_spec, parse_task_spec
+from .stats import paired_bootstrap
+from .task import Task
+
+DENSE = "dense"
+Progress = Callable[[str, int, int], None]  # (variant label, items done, items in all)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One patch to measure. what: name or config object for `hap.patch`; options: its keyword arguments."""
+
+    label: str
+    what: Any
+    options: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        config = asdict(self.what) if is_dataclass(self.what) and not isinstance(self.what, type) else {}
+        name = self.what if isinstance(self.what, str) else getattr(self.what, "name", type(self.what).__name__)
+        return {"name": name, "options": {**config, **self.options}}
+
+
+def run(
+    task: str | Task,
+    model: Any,
+    processor: Any = None,
+    *,
+    patches: Sequence[Any] | Mapping[str, Any] = (),
+    compare: str = DENSE,
+    limit: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Measure `model` as it is ("dense") and with each patch, on the same items.
+
+    The model object is used as it stands, never reloaded, and is left as it was. If it carries patches already, they
+    are part of everything that is measured, and the result says so.
+
+    Args:
+        task: name, ``name:key=value,…`` or a `Task`. processor: tokenizer or image processor of the model.
+        patches: each a name, ``name:key=value,…``, a config object, or (name or object, options of `hap.patch`); a
+            mapping gives labels of its own.
+        compare: label that differences are taken from: ``dense``, or the label of a patch.
+        limit: only the first items. seed: of items and bootstrap. out: folder to write ``result.json`` to.
+        command: recorded in the result; default: the command line of this process.
+        progress: called as items finish.
+
+    Raises:
+        SpecError, TaskError: task or patch cannot be understood. ValueError: it does not fit the model.
+        PatchError: a patch refuses the model. Nothing has been measured and nothing changed in any of these cases.
+    """
+    started, clock = datetime.datetime.now().astimezone(), time.perf_counter()
+    job: Task = parse_task_spec(task) if isinstance(task, str) else task
+    choices = resolve(patches)
+    labels = [DENSE, *(c.label for c in choices)]
+    if compare not in labels:
+        raise SpecError(f"compare={compare!r} is none of the variants: {', '.join(labels)}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    for choice in choices:
+        api.plan(model, choice.what, **choice.options)  # every refusal comes before the first second of work
+
+    carried = [str(handle) for handle in api.active(model)]
+    with evaluating(model):
+        items = job.items(model, processor, seed)[:limit]
+        if not items:
+            raise ValueError(f"{job.name}: no items")
+        groups, weights = job.groups(items), job.weights(items)
+        reference = job.reference(model, items)
+        variants = []
+        for choice in [None, *choices]:
+            label = DENSE if choice is None else choice.label
+            variants.append(_measure(job, model, processor, choice, label, items, reference, progress))
+    base = next(v for v in variants if v.label == compare)
+    for variant in variants:
+        summarise(variant, base, job, weights, groups, seed)
+
+    notes = [f"the model already carried {text}; this is part of all variants, dense included" for text in carried]
+    result = Result(
+        task=job.to_dict(),
+        metrics=job.metrics,
+        model={**describe_model(model), "active_patches": carried},
+        variants=variants,
+        compare=compare,
+        items=len(items),
+        weights=weights,
+        groups=groups,
+        limit=limit,
+        seed=seed,
+        environment=environment(),
+        command=command if command is not None else command_line(),
+        started=started.isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - clock,
+        notes=notes,
+    )
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def resolve(patches: Sequence[Any] | Mapping[str, Any]) -> list[Choice]:
+    """Patches in any accepted form as `Choice` objects with distinct labels.
+
+    Raises:
+        SpecError: a form that is not accepted, or two patches of one label.
+    """
+    if isinstance(patches, str):
+        patches = [patches]
+    named = list(patches.items()) if isinstance(patches, Mapping) else [(None, p) for p in patches]
+    choices: list[Choice] = []
+    for label, patch in named:
+        choice = _choice(patch, label)
+        if choice.label == DENSE or any(c.label == choice.label for c in choices):
+            raise SpecError(f"two variants are called {choice.label!r}. Give labels of your own: patches={{label: patch}}.")
+        choices.append(choice)
+    return choices
+
+
+def _choice(patch: Any, label: str | None) -> Choice:
+    if isinstance(patch, str):
+        spec = parse_patch_spec(patch)
+        return Choice(label or spec.label, spec.name, dict(spec.options))
+    if isinstance(patch, PatchSpec):
+        return Choice(label or patch.label, patch.name, dict(patch.options))
+    if isinstance(patch, tuple) and len(patch) == 2 and isinstance(patch[1], Mapping):
+        what, options = patch
+        shown = what if isinstance(what, str) else repr(what)
+        return Choice(label or PatchSpec(shown, dict(patch[1])).label, what, dict(options))
+    if is_dataclass(patch) and not isinstance(patch, type):
+        return Choice(label or repr(patch), patch, {})
+    raise SpecError(
+        f"{patch!r} is not a patch. Give a name, 'name:key=value,…', a config object, or (name, {{options}})."
+    )
+
+
+def _measure(
+    job: Task,
+    model: Any,
+    processor: Any,
+    choice: Choice | None,
+    label: str,
+    items: list[Any],
+    reference: Any,
+    progress: Progress | None,
+) -> Variant:
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(label, done, len(items))
+
+    if progress is not None:
+        progress(label, 0, len(items))
+    state = nullcontext() if choice is None else api.patched(model, choice.what, **choice.options)
+    with state as handle:
+        start = time.perf_counter()
+        scores = job.score(model, processor, items, reference, tick)
+        seconds = time.perf_counter() - start
+        sites = [] if handle is None else report_rows(handle)
+    wrong = [m.name for m in job.metrics if len(scores.get(m.name, ())) != len(items)]
+    if wrong:
+        raise ValueError(f"{job.name}: score gave no {len(items)} numbers for {', '.join(wrong)}")
+    answers = getattr(job, "answers", None)
+    return Variant(
+        label=label,
+        patch=None if choice is None else choice.to_dict(),
+        scores=scores,
+        sites=sites,
+        answers=list(answers) if answers is not None else None,
+        seconds=seconds,
+    )
+
+
+def summarise(
+    variant: Variant,
+    base: Variant,
+    job: Task,
+    weights: list[float] | None,
+    groups: list[str] | None,
+    seed: int,
+) -> None:
+    """Fill aggregates, groups and the difference to `base`."""
+    import numpy as np
+
+    w = None if weights is None else np.asarray(weights)
+    for metric in job.metrics:
+        scores = np.asarray(variant.scores[metric.name], dtype=np.float64)
+        variant.aggregates[metric.name] = float(metric.of(scores, w))
+        if groups is not None:
+            names = np.asarray(groups)
+            variant.by_group[metric.name] = {
+                g: float(metric.of(scores[names == g], None if w is None else w[names == g]))
+                for g in dict.fromkeys(groups)
+            }
+        if variant is not base:
+            variant.difference[metric.name] = paired_bootstrap(
+                base.scores[metric.name], variant.scores[metric.name], metric, weights, seed=seed
+            )
+
+
+def report_rows(handle: Any) -> list[dict[str, Any]]:
+    """Rows of ``handle.report()`` as plain values."""
+    keys = ("path", "layer", "part", "executor", "reason", "density")
+    return [{k: getattr(row, k, None) for k in keys} for row in handle.report().sites]
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Class, origin, size and number format of a model."""
+    return {
+        "class": type(model).__name__,
+        "name_or_path": getattr(model.config, "_name_or_path", "") or None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode inside; the training flag of every module comes back afterwards."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

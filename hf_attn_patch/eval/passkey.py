@@ -1,0 +1,141 @@
+"""`passkey`: a five-digit number is hidden in prose; can the model still say it at the end?
+
+The classic needle test for the reach of attention (Mohtashami & Jaggi, arXiv 2305.16300). Filler is distinct real
+sentences, not one sentence repeated, so that retrieval is the only way. The answer is generated greedily by
+``model.generate`` with its KV cache: what is measured is the patched model as users run it, cache included.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .task import Metric, Scores, Task, Tick, require_language_model
+
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "\n\nWhat is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """One prompt. ids: int64 [1, <= length]. depth: where the needle is, 0 = start, 1 = end. key: the digits."""
+
+    length: int
+    depth: float
+    key: str
+    ids: Any
+
+
+@dataclass
+class Passkey(Task):
+    """Passkey retrieval.
+
+    Attributes:
+        lengths: prompt lengths in tokens. depths: positions of the needle as shares of the filler.
+        max_new_tokens: tokens to generate; the answer is right if the key is among the digits of them.
+    """
+
+    lengths: tuple[int, ...] = (600, 1200, 2300, 4500)
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
+    max_new_tokens: int = 8
+
+    name: ClassVar[str] = "passkey"
+    summary: ClassVar[str] = "find a number in long prose, through generate() and its KV cache"
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy", "share", True, digits=2),)
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 64:
+            raise ValueError(f"passkey: lengths={list(self.lengths)} must be at least 64 tokens each")
+        if not self.depths or not all(0.0 <= d <= 1.0 for d in self.depths):
+            raise ValueError(f"passkey: depths={list(self.depths)} must lie between 0 and 1")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"passkey: max_new_tokens={self.max_new_tokens} must be at least 1")
+
+    def items(self, model: Any, processor: Any, seed: int) -> list[Haystack]:
+        require_language_model(self.name, model, processor)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(self.lengths) + self.max_new_tokens
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"passkey: {max(self.lengths)} + {self.max_new_tokens} new tokens, the model has {limit} positions. "
+                f"Ask for lengths up to {limit - self.max_new_tokens}."
+            )
+        from ..testbed.prose import filler_sentences
+
+        sentences = filler_sentences()
+        counts = [len(ids) for ids in processor(list(sentences), add_special_tokens=False)["input_ids"]]
+        draw = random.Random(seed)
+        return [
+            self._haystack(processor, sentences, counts, length, depth, draw)
+            for length in self.lengths
+            for depth in self.depths
+        ]
+
+    def _haystack(
+        self,
+        processor: Any,
+        sentences: Sequence[str],
+        counts: Sequence[int],
+        length: int,
+        depth: float,
+        draw: random.Random,
+    ) -> Haystack:
+        key = str(draw.randint(10000, 99999))
+        needle = NEEDLE.format(key=key)
+        room = length - len(processor.encode(needle)) - len(processor.encode(QUESTION)) - 2
+        at, filler = draw.randrange(len(sentences)), []
+        while True:  # sentences in the order of the text, from a random place on, around the end
+            room -= counts[at % len(sentences)] + 1
+            if room < 0 or len(filler) == len(sentences):
+                break
+            filler.append(sentences[at % len(sentences)])
+            at += 1
+        if room >= 0:
+            raise ValueError(
+                f"passkey: the prose of this machine does not fill {length} tokens. Ask for less."
+            )
+        cut = round(depth * len(filler))
+        text = " ".join([*filler[:cut], needle, *filler[cut:]]) + QUESTION
+        return Haystack(length, depth, key, processor(text, return_tensors="pt")["input_ids"])
+
+    def score(self, model: Any, processor: Any, items: list[Haystack], reference: Any, tick: Tick) -> Scores:
+        import torch
+
+        scores: list[float] = []
+        self.answers: list[str] = []
+        for item in items:
+            ids = item.ids.to(model.device)
+            with torch.inference_mode():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=_pad_token(processor),
+                )
+            answer = processor.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            self.answers.append(answer)
+            scores.append(float(is_right(answer, item.key)))
+            tick(1)
+        return {"accuracy": scores}
+
+    def groups(self, items: list[Haystack]) -> list[str]:
+        return [str(item.length) for item in items]
+
+
+def is_right(answer: str, key: str) -> bool:
+    """True if the first run of digits in `answer` (commas ignored) is the key."""
+    digits = ""
+    for char in answer.replace(",", ""):
+        if char.isdigit():
+            digits += char
+        elif digits:
+            break
+    return digits == key
+
+
+def _pad_token(processor: Any) -> int | None:
+    pad = getattr(processor, "pad_token_id", None)
+    return pad if pad is not None else getattr(processor, "eos_token_id", None)

@@ -1,0 +1,119 @@
+"""Open registry of tasks: built-in, registered by a decorator, or offered by an installed package.
+
+Classes are imported when they are asked for, so listing the tasks costs nothing. Third parties add tasks with the
+entry-point group ``hf_attn_patch.tasks`` (``name = "module:Class"``) or with `register_task`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, TypeVar
+
+ENTRY_POINTS = "hf_attn_patch.tasks"
+
+
+class TaskError(ValueError):
+    """A task that does not exist, clashes, or cannot be loaded; the message names the way out."""
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One known task. target: the class, or ``module:Class``. origin: where it was registered."""
+
+    name: str
+    target: str | type
+    summary: str
+    origin: str
+
+    def load(self) -> type:
+        """The task class, imported on first use.
+
+        Raises:
+            TaskError: the target is not there, or is no `Task`.
+        """
+        from .task import Task
+
+        found: Any = self.target
+        if isinstance(found, str):
+            module, _, name = found.partition(":")
+            try:
+                found = getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError) as error:
+                raise TaskError(
+                    f"task {self.name!r} ({self.origin}) cannot be loaded from {self.target}: {error}"
+                ) from error
+        if not (inspect.isclass(found) and issubclass(found, Task)):
+            raise TaskError(f"task {self.name!r} ({self.origin}): {found!r} is not a subclass of Task")
+        return found
+
+
+def _builtin(name: str, target: str, summary: str) -> TaskEntry:
+    return TaskEntry(name, f"hf_attn_patch.eval.{target}", summary, "hf_attn_patch")
+
+
+_ENTRIES: dict[str, TaskEntry] = {
+    entry.name: entry
+    for entry in (
+        _builtin("perplexity", "perplexity:Perplexity", "perplexity of English prose (language models)"),
+        _builtin("passkey", "passkey:Passkey", "find a number in long prose, through generate() and its KV cache"),
+        _builtin("agreement", "agreement:Agreement", "features against the features of the same model, dense (vision)"),
+        _builtin("knn", "knn:Knn", "k-nearest-neighbour accuracy of features on labelled images (vision)"),
+    )
+}  # fmt: skip
+
+T = TypeVar("T", bound=type)
+
+
+def register_task(name: str) -> Callable[[T], T]:
+    """Class decorator: make a `Task` subclass known as `name`.
+
+    Raises:
+        TaskError: another class has the name; both origins are named.
+    """
+
+    def decorate(cls: T) -> T:
+        try:
+            origin = f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
+        except (OSError, TypeError):
+            origin = cls.__module__
+        _add(TaskEntry(name, cls, getattr(cls, "summary", ""), origin))
+        return cls
+
+    return decorate
+
+
+def _add(entry: TaskEntry) -> None:
+    known = _ENTRIES.get(entry.name)
+    if known is not None and (known.target, known.origin) != (entry.target, entry.origin):
+        raise TaskError(
+            f"two tasks are called {entry.name!r}: one from {known.origin}, one from {entry.origin}. "
+            "Rename one of them."
+        )
+    _ENTRIES[entry.name] = entry
+
+
+def available() -> dict[str, TaskEntry]:
+    """Name -> entry of every known task, installed plug-ins included; imports no task."""
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        origin = f"entry point of {point.dist.name}" if point.dist else "entry point"
+        _add(TaskEntry(point.name, point.value, "", origin))
+    return dict(_ENTRIES)
+
+
+def get(name: str) -> type:
+    """The task class called `name`.
+
+    Raises:
+        TaskError: unknown name; the message lists all names and the nearest one.
+    """
+    entries = available()
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise TaskError(f"no task is called {name!r}.{hint} Known: {', '.join(entries)}.")
+    return entries[name].load()

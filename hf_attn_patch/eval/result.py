@@ -1,0 +1,181 @@
+"""`Result`: what a run found, with everything needed to believe or repeat it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .stats import Difference
+from .task import Metric
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Variant:
+    """The model in one state: as given (`patch` None), or with one patch.
+
+    scores: metric -> one number per item. aggregates: metric -> number. by_group: metric -> group -> number.
+    difference: metric -> variant minus baseline with its interval (empty for the baseline itself).
+    sites: rows of the handle's report: path, layer, part, executor, reason, density.
+    """
+
+    label: str
+    patch: dict[str, Any] | None
+    scores: dict[str, list[float]]
+    aggregates: dict[str, float] = field(default_factory=dict)
+    by_group: dict[str, dict[str, float]] = field(default_factory=dict)
+    difference: dict[str, Difference] = field(default_factory=dict)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[str] | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Result:
+    """One task on one model, dense and patched, on the same items. Prints as a table; `to_json` is the record."""
+
+    task: dict[str, Any]
+    metrics: tuple[Metric, ...]
+    model: dict[str, Any]
+    variants: list[Variant]
+    compare: str
+    items: int
+    weights: list[float] | None
+    groups: list[str] | None
+    limit: int | None
+    seed: int
+    environment: dict[str, Any]
+    command: str
+    started: str
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def baseline(self) -> Variant:
+        """The variant all differences are taken from."""
+        return self[self.compare]
+
+    def __getitem__(self, label: str) -> Variant:
+        for variant in self.variants:
+            if variant.label == label:
+                return variant
+        raise KeyError(f"no variant {label!r}; there are {', '.join(v.label for v in self.variants)}")
+
+    def __iter__(self) -> Iterator[Variant]:
+        return iter(self.variants)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain Python values."""
+        variants = []
+        for variant in self.variants:
+            row = asdict(variant)
+            for metric, difference in variant.difference.items():
+                row["difference"][metric]["significant"] = difference.significant
+            variants.append(row)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "task": self.task,
+            "metrics": [asdict(m) for m in self.metrics],
+            "model": self.model,
+            "compare": self.compare,
+            "items": self.items,
+            "weights": self.weights,
+            "groups": self.groups,
+            "limit": self.limit,
+            "seed": self.seed,
+            "notes": self.notes,
+            "variants": variants,
+            "environment": self.environment,
+            "command": self.command,
+            "started": self.started,
+            "seconds": self.seconds,
+        }
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """`to_dict` as JSON text; numbers that JSON does not have (nan, inf) become null."""
+        return json.dumps(jsonable(self.to_dict()), indent=indent, allow_nan=False)
+
+    def save(self, out: str | Path) -> Path:
+        """Write ``result.json`` into the folder `out` (made if needed); returns its path."""
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "result.json"
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        return path
+
+    def table(self) -> Any:
+        """A rich table: one row per variant; per metric its aggregate and difference; a column per group if few."""
+        from rich.table import Table
+
+        title = f"{self.task['name']} · {self.model['class']} · {self.items} items · seed {self.seed}"
+        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        table.add_column("", overflow="fold")
+        groups = self._group_names()
+        for metric in self.metrics:
+            arrow = "↑" if metric.higher_is_better else "↓"
+            table.add_column(f"{metric.name} {arrow}", justify="right")
+            table.add_column(f"vs {self.compare} [95 %]", justify="right")
+        for group in groups:
+            table.add_column(group, justify="right")
+        table.add_column("seconds", justify="right", style="dim")
+        for variant in self.variants:
+            cells = [variant.label]
+            for metric in self.metrics:
+                cells.append(f"{variant.aggregates[metric.name]:.{metric.digits}f}")
+                cells.append(format_difference(variant.difference.get(metric.name), metric.digits))
+            first = self.metrics[0]
+            for group in groups:
+                cells.append(f"{variant.by_group[first.name][group]:.{first.digits}f}")
+            cells.append(f"{variant.seconds:.1f}")
+            table.add_row(*cells)
+        return table
+
+    def _group_names(self, most: int = 6) -> list[str]:
+        names = list(dict.fromkeys(self.groups or []))
+        return names if 1 < len(names) <= most else []
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self.table()
+        for note in self.notes:
+            yield f"[dim]note: {note}[/dim]"
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def format_difference(difference: Difference | None, digits: int) -> str:
+    """``+1.20 [+0.90, +1.50]``; empty for the baseline."""
+    if difference is None:
+        return ""
+    text = f"{difference.value:+.{digits}f}"
+    if difference.low is None:
+        return text
+    return f"{text} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with everything JSON lacks turned into something it has; nan and inf become None."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, (bool, str, int)) or value is None:
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    if hasattr(value, "to_dict"):
+        return jsonable(value.to_dict())
+    return str(value)

@@ -1,0 +1,200 @@
+"""Any `Program`, a run of query rows at a time: each run reads only the keys that mask and rule can let it see.
+
+This is the general path of the torch executor: padding with holes, opaque and given masks, edited scores and
+masses, per-KV-head caches, decoding. It needs memory O(rows of a run x keys read), and it is differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..program import Program
+from . import reference
+
+ELEMENTS = 1 << 21  # scores, or mask elements, of one run of rows
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    causal: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` on its flash path also where the value width differs from the key width.
+
+    query [N, H, L, D], key [N, Hkv, S, D], value [N, Hkv, S, Dv] -> [N, H, L, Dv].
+    """
+    wide = value.shape[3] - key.shape[3]
+    if wide > 0:  # zeros add nothing to q . k
+        query, key = F.pad(query, (0, wide)), F.pad(key, (0, wide))
+    elif wide < 0:
+        value = F.pad(value, (0, -wide))
+    out = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out[..., :wide] if wide < 0 else out
+
+
+def runs_of_rows(program: Program, rows: Tensor, edited: bool) -> list[Tensor]:
+    """Split row numbers so that one run stays within `ELEMENTS`."""
+    heads = program.num_heads if edited or program.dropout else program.num_heads // program.num_kv_heads
+    per_row = program.batch * heads * max(program.key.shape[2], 1)
+    size = max(1, min(256, ELEMENTS // per_row))
+    return list(rows.split(size))
+
+
+def key_runs(program: Program, runs: list[Tensor]) -> list[list[tuple[int, int]]]:
+    """Per run of rows the key indices it may see, as sorted disjoint ranges [lo, hi)."""
+    mask, rule = program.mask, program.rule
+    S = mask.kv_len
+    first = torch.tensor([int(r[0]) for r in runs]) + mask.q_offset
+    last = torch.tensor([int(r[-1]) for r in runs]) + mask.q_offset + 1
+    hi = (last if mask.causal else torch.full_like(last, mask.kv_offset + S)).clamp(max=mask.kv_offset + S)
+    lo = first - mask.window + 1 if mask.window is not None else torch.zeros_like(first)
+    lo = lo.clamp(min=mask.kv_offset)
+    if rule is None:
+        return [[(a - mask.kv_offset, b - mask.kv_offset)] for a, b in zip(lo.tolist(), hi.tolist())]
+    ranges = []
+    for start in set(mask.starts):
+        for head in range(rule.heads):
+            maybe, _ = rule.key_ranges(head, first - start, last - start, mask.kv_offset + S - start)
+            for a, b in maybe:
+                a, b = torch.maximum(a + start, lo), torch.minimum(b + start, hi)
+                ranges.append(torch.stack([a, b], -1))
+    merged = []
+    for per_run in torch.stack(ranges, 1).tolist():
+        joined: list[tuple[int, int]] = []
+        for a, b in sorted((a - mask.kv_offset, b - mask.kv_offset) for a, b in per_run if b > a):
+            if joined and a <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(b, joined[-1][1]))
+            else:
+                joined.append((a, b))
+        merged.append(joined)
+    return merged
+
+
+def take(x: Tensor, ranges: list[tuple[int, int]], dim: int = 2) -> Tensor:
+    """Concatenated slices of `x` (a view if there is only one)."""
+    parts = [x.narrow(dim, a, b - a) for a, b in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def plain(
+    program: Program,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    heads: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k^T + given bias) v over allowed keys for a run of rows; arguments as `reference.attend`."""
+    B, H, L, _ = query.shape
+    kv_heads = key.shape[1]
+    packed = query.reshape(B, kv_heads, H // kv_heads * L, -1)
+    bias = program.mask.bias(rows, cols)
+    if bias is not None and heads is not None and bias.shape[1] > 1:
+        bias = bias[:, heads]
+    dead = None
+    if query.device.type == "cpu" and bias is None and bool(allowed.all()):
+        mask = None
+    else:
+        # a row that may see nothing sees everything here and is zeroed below: no NaN, also not in gradients
+        dead = ~allowed.any(-1, keepdim=True)
+        mask = allowed | dead
+        if bias is not None:
+            mask = torch.zeros_like(bias).masked_fill(~mask, float("-inf")) + bias
+            mask = mask.to(query.dtype)
+        if mask.shape[1] == 1:
+            mask = mask.expand(-1, H // kv_heads, -1, -1).reshape(mask.shape[0], 1, -1, mask.shape[3])
+        else:
+            mask = mask.reshape(mask.shape[0], kv_heads, -1, mask.shape[3])
+    out = sdpa(packed, key, value, mask, program.scale, program.dropout).reshape(B, H, L, -1)
+    return out if dead is None else out.masked_fill(dead, 0.0)
+
+
+def run_rows(program: Program, rows: Tensor | None = None, edited: bool = False) -> Tensor:
+    """Attention output, before blend and gate, of rows of a program.
+
+    Args:
+        rows: int64 [n] sorted row numbers, default all. edited: apply score and mass edits, soft cap, sinks and
+            position bias (else the caller knows that these rows have none).
+
+    Returns:
+        [B, H, n, Dv].
+    """
+    device = program.query.device
+    rows = torch.arange(program.q_len, device=device) if rows is None else rows
+    runs = runs_of_rows(program, rows, edited)
+    outputs = []
+    query = program.query
+    if not edited and program.query_scale is not None:
+        query = (query * program.query_scale).to(query.dtype)
+    for run, ranges in zip(runs, key_runs(program, runs)):
+        q = query[:, :, run]
+        if not ranges:
+            outputs.append(q.new_zeros(*q.shape[:3], program.value.shape[3]) + 0 * q.sum())
+            continue
+        key, value = take(program.key, ranges), take(program.value, ranges)
+        cols = take(program.mask.key_columns, ranges, 0)
+        columns = run + program.mask.q_offset
+        allowed = reference.visible(program, columns, cols)
+        if edited:
+            out, _ = reference.attend(program, q, key, value, allowed, columns, cols, row_index=run)
+        else:
+            out = plain(program, q, key, value, allowed, columns, cols)
+        outputs.append(out)
+    return torch.cat(outputs, 2)
+
+
+def mean_values(program: Program) -> Tensor:
+    """Mean of the values each query may see, [B, H, L, Dv]."""
+    H, kv_heads = program.num_heads, program.num_kv_heads
+    runs = runs_of_rows(program, torch.arange(program.q_len, device=program.query.device), True)
+    means = []
+    for run, ranges in zip(runs, key_runs(program, runs)):
+        ranges = ranges or [(0, 1)]
+        value, cols = take(program.value, ranges), take(program.mask.key_columns, ranges, 0)
+        allowed = reference.visible(program, run + program.mask.q_offset, cols).to(value.dtype)
+        share = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
+        if share.shape[1] == 1:
+            mean = reference.per_query_head(share @ value, H)
+        else:
+            mean = share.reshape(len(share), kv_heads, -1, share.shape[3]) @ value
+        means.append(mean.reshape(program.batch, H, run.numel(), -1))
+    return torch.cat(means, 2)
+
+
+def run_ragged(program: Program, edited: bool) -> Tensor:
+    """Output [B, H, L, Dv] over a cache that keeps a different span per KV head, group by group."""
+    query, mask = program.query, program.mask
+    if not edited and program.query_scale is not None:
+        query = (query * program.query_scale).to(query.dtype)
+    size = program.num_heads // program.num_kv_heads
+    pieces: dict[int, Tensor] = {}
+    for group in program.key.groups:  # type: ignore[union-attr]
+        numbers = [g * size + i for g in group.heads for i in range(size)]
+        heads = torch.tensor(numbers, device=query.device)
+        per_row = max(1, program.batch * len(numbers) * group.key.shape[2])
+        outputs = []
+        for run in torch.arange(program.q_len, device=query.device).split(max(1, ELEMENTS // per_row)):
+            columns = run + mask.q_offset
+            allowed = reference.visible(program, columns, group.columns)
+            allowed = allowed[:, heads] if allowed.shape[1] > 1 else allowed
+            q = query[:, heads][:, :, run]
+            if edited:
+                out, _ = reference.attend(
+                    program, q, group.key, group.value, allowed, columns, group.columns, row_index=run, heads=heads
+                )
+            else:
+                out = plain(program, q, group.key, group.value, allowed, columns, group.columns, heads)
+            outputs.append(out)
+        for head, out in zip(numbers, torch.cat(outputs, 2).unbind(1)):
+            pieces[head] = out
+    return torch.stack([pieces[head] for head in range(program.num_heads)], 1)
