@@ -158,15 +158,12 @@ class MoA(Patch):
         length = self.elastic_length(call.context, program.mask.kv_len)
         spans = self._spans(call.layer, program.num_kv_heads, length)
         if self.prefill == "block" and program.q_len > 1:
-            program.restrict(
-                BlockSinkWindow(
-                    tuple(s // self.block for s, _ in spans),
-                    tuple(w // self.block for _, w in spans),
-                    self.block,
-                )
-            )
+            sinks, local = (tuple(n // self.block for n in sizes) for sizes in zip(*spans))
+            program.restrict(BlockSinkWindow(sinks, local, self.block))
+            return
         # a window of 0 would read sinks only; a head whose span is all sinks keeps its own key
-        program.restrict(SinkWindow(tuple(s for s, _ in spans), tuple(max(w, 1) for _, w in spans)))
+        sinks, window = zip(*spans)
+        program.restrict(SinkWindow(sinks, tuple(max(w, 1) for w in window)))
 
     def spans(self, facts: dict[str, Any], context: Context | None) -> list[tuple[int, int]] | None:
         length = self.elastic_length(context, 0)
