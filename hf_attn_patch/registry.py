@@ -100,7 +100,7 @@ class Patch:
 
     def to_dict(self) -> dict[str, Any]:
         """Options as plain JSON data."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: _plain(getattr(self, f.name)) for f in option_fields(type(self))}
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Patch:
@@ -109,7 +109,7 @@ class Patch:
         Raises:
             ConfigError: unknown option, wrong type or value out of range; the message names all of it.
         """
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = {f.name: f for f in option_fields(cls)}
         unknown = [k for k in options if k not in fields]
         if unknown:
             hints = "".join(did_you_mean(k, fields) for k in unknown)
@@ -138,6 +138,11 @@ class Patch:
             raise ConfigError(
                 f"{self.name}: {field}={getattr(self, field)!r} is out of range, expected {meaning}"
             )
+
+
+def option_fields(cls: type[Patch]) -> list[dataclasses.Field]:
+    """The fields of a method that are options (private state of a dataclass is not)."""
+    return [f for f in dataclasses.fields(cls) if f.init]
 
 
 def _plain(value: Any) -> Any:
@@ -347,7 +352,7 @@ def build(name_or_config: str | Patch, options: dict[str, Any]) -> Patch:
         return get(name_or_config).from_dict(options)
     if isinstance(name_or_config, Patch):
         cls = type(name_or_config)
-        current = {f.name: getattr(name_or_config, f.name) for f in dataclasses.fields(cls)}
+        current = {f.name: getattr(name_or_config, f.name) for f in option_fields(cls)}
         return cls.from_dict({**current, **options})
     raise ConfigError(
         f"expected a patch name or config, got {type(name_or_config).__name__}; names: {', '.join(available())}"
@@ -358,7 +363,7 @@ def options_table(cls: type[Patch]) -> list[dict[str, Any]]:
     """Name, type, default and help of every option of a method (for ``info`` and docs)."""
     hints = typing.get_type_hints(cls)
     rows = []
-    for f in dataclasses.fields(cls):
+    for f in option_fields(cls):
         default = None if f.default is dataclasses.MISSING else f.default
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         hint = hints[f.name]

@@ -1,0 +1,32 @@
+"""Shared test settings: no network, deterministic, two threads at most."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """A test that leaves our attention function registered has left a patched model behind."""
+    import gc
+
+    from hf_attn_patch import dispatch
+
+    yield
+    gc.collect()
+    if dispatch.registered():
+        dispatch.unregister_if_unused()
