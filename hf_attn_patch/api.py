@@ -23,7 +23,7 @@ from .errors import CompositionError, ConfigError, ModelMismatchError, PatchErro
 from .kernels import check_impl
 from .reporting import PatchReport, build_report
 from .selection import Selector
-from .sites import PARTS, Site, attention_classes, base_model, find_sites
+from .sites import PARTS, Site, attention_classes, base_model, find_sites, why_not_dispatchable
 
 STATE = "_attn_patch_state"
 CACHE_POLICIES = ("auto", "keep")
@@ -120,7 +120,8 @@ class _Spans:
                 inner.layers[layer] = current = cache_layers.SpanLayer(spans)
             if current.waiting:
                 start = cache_layers.first_real(attention_mask) if start is None else start
-                current.set_start(start)
+                if start is not None:  # an inner model may get no mask; the outer one has told already
+                    current.set_start(start)
 
 
 def spans_of(patch: SitePatch, context: Context | None) -> list[tuple[int, int]] | None:
@@ -413,6 +414,8 @@ def plan(
         )
     variants = [_variants(config, site, layers, heads, count) for site in chosen]
     for site, kinds in zip(chosen, variants):
+        if (reason := why_not_dispatchable(site.module)) is not None:
+            raise ModelMismatchError(f"{config.name}: {site.path} cannot be patched: {reason}")
         if config.causal_only and not site.causal:
             raise ModelMismatchError(f"{config.name} needs causal attention, {site.path} is bidirectional")
         for _, special in kinds:

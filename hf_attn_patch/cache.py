@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .errors import CacheError
 from .kernels.ragged import KVGroup, RaggedKV
-from .masks import first_true
+from .masks import Mask, first_true
 
 Span = tuple[int, int]  # (sinks, window) in tokens; a window of 0 keeps everything
 
@@ -276,7 +276,12 @@ class SpanLayer(DynamicLayer):
 
 
 def first_real(attention_mask: Any) -> Tensor | None:
-    """Column of the first real token of each row, int64 [B], from a 2-D attention mask; None without one."""
+    """Column of the first real token of each row, int64 [B], from whatever a model got as `attention_mask`: a 2-D
+    tensor, or masks that were made already (per layer type); None if it does not say."""
+    if isinstance(attention_mask, dict):
+        attention_mask = next((m for m in attention_mask.values() if isinstance(m, Mask)), None)
+    if isinstance(attention_mask, Mask):
+        return attention_mask.start
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     return first_true(attention_mask.bool())

@@ -21,7 +21,7 @@ from .kernels import Result, attention
 from .kernels.ragged import RaggedKV
 from .masks import Mask
 from .program import Program
-from .sites import Site, base_model, find_sites
+from .sites import Site, base_model, find_sites, why_not_dispatchable
 
 if TYPE_CHECKING:
     from .context import Context
@@ -178,6 +178,7 @@ def make_program(
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     mask = Mask.of(attention_mask, query, key, causal=causal)
+    check_length(module, mask, key)
     scaling = kwargs.get("scaling")
     position_bias = kwargs.get("position_bias")
     return Program(
@@ -192,6 +193,19 @@ def make_program(
         dropout=float(kwargs.get("dropout") or 0.0),
         need_weights=wants_weights(module, kwargs),
     )
+
+
+def check_length(module: nn.Module, mask: Mask, key: Any) -> None:
+    """A mask made for another number of keys than the module attends to belongs to a model that edits its mask.
+
+    Raises:
+        ModelMismatchError: the model extends its keys and its mask by means that a `Mask` does not go through.
+    """
+    if mask.given is None and mask.kv_len != key.shape[2] and mask.kv_len != 1:
+        raise ModelMismatchError(
+            f"{type(module).__name__} attends to {key.shape[2]} keys, its mask was made for {mask.kv_len}; this model "
+            "changes keys and mask on its own, which a patch cannot follow"
+        )
 
 
 def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -227,7 +241,12 @@ def native_attention(
             f"this cache keeps {key} for a patch that is not active now; its evicted tokens are gone. "
             "Start with a fresh cache, or keep the patch enabled while the cache lives"
         )
-    mask = mask.native(native) if isinstance(mask, Mask) else mask
+    if isinstance(mask, Mask):
+        check_length(module, mask, key)
+        facts, mask = mask, mask.native(native)
+        if mask is None and facts.causal and kwargs.get("is_causal") is False and facts.q_len > 1:
+            # the module decided `is_causal` by whether it got a mask; natively it would have got none
+            kwargs = {**kwargs, "is_causal": True}
     functions = inspect.unwrap(type(module).forward).__globals__["ALL_ATTENTION_FUNCTIONS"]
     function = eager_function(module) if native == "eager" else functions.get_interface(native, None)
     return function(module, query, key, value, mask, **kwargs)
@@ -246,14 +265,24 @@ def attention_forward(
     return stack(module, query, key, value, attention_mask, kwargs)
 
 
-def mask_function(**arguments: Any) -> Mask:
+def mask_function(**arguments: Any) -> Mask | None:
     """The mask function registered with transformers: returns facts instead of a tensor."""
-    return Mask.from_transformers("sdpa", **arguments)
+    return _make_mask("sdpa", arguments)
 
 
-def eager_mask_function(**arguments: Any) -> Mask:
+def eager_mask_function(**arguments: Any) -> Mask | None:
     """`mask_function` for models that were loaded with eager attention."""
-    return Mask.from_transformers("eager", **arguments)
+    return _make_mask("eager", arguments)
+
+
+def _make_mask(flavour: str, arguments: dict[str, Any]) -> Mask | None:
+    given = arguments.get("attention_mask")
+    if isinstance(given, Mask):  # an inner model may be handed the mask that an outer one made
+        return given
+    mask = Mask.from_transformers(flavour, **arguments)
+    if arguments.get("allow_is_bidirectional_skip") and not mask.restricts:
+        return None  # as transformers does: modules that are no sites may take another path without a mask
+    return mask
 
 
 def register() -> None:
@@ -323,14 +352,21 @@ def attach(
 
     Returns:
         (config, previous implementation) pairs for `detach`.
+
+    Raises:
+        ModelMismatchError: a forward branches on the implementation's name; nothing was changed.
     """
     chosen = configs_of(model, sites)
     ids = {id(c) for c in chosen}
+    sharing = [s for s in find_sites(model) if id(getattr(s.module, "config", None)) in ids]
+    for site in sharing:
+        if (reason := why_not_dispatchable(site.module)) is not None:
+            raise ModelMismatchError(f"{site.path} cannot be patched: {reason}")
     register()
     snapshot = []
-    for site in find_sites(model):
+    for site in sharing:
         config = getattr(site.module, "config", None)
-        if id(config) in ids and CHILD not in site.module._modules:
+        if CHILD not in site.module._modules:
             native = getattr(config, "_attn_implementation", None) or "sdpa"
             site.module.add_module(CHILD, PatchStack(native, context))
     for config in chosen:

@@ -159,6 +159,11 @@ class Mask:
         return bool((seen == (columns >= self.start[: seen.shape[0], None])).all())
 
     @property
+    def restricts(self) -> bool:
+        """False if every query sees every key."""
+        return self.causal or self.window is not None or not self.arithmetic or self.has_padding
+
+    @property
     def arithmetic(self) -> bool:
         """True if causal + window + padding say everything (no opaque rule, no given tensor)."""
         return self.rule is None and self.given is None

@@ -82,6 +82,22 @@ def is_site(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
+def why_not_dispatchable(module: nn.Module) -> str | None:
+    """Reason a site must not be routed through another attention implementation, or None.
+
+    Some forwards compare the implementation's *name* with "sdpa" and compute something else under any other name
+    (sparse indices that only a certain kernel reads, for example).
+    """
+    code = inspect.unwrap(type(module).forward).__code__
+    constants = {c for const in code.co_consts for c in (const if isinstance(const, tuple) else (const,)) if c}
+    if "_attn_implementation" in code.co_names and "sdpa" in constants:
+        return (
+            f"{type(module).__name__} computes something else when its attention implementation is not called 'sdpa' or "
+            "'eager'"
+        )
+    return None
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside `model` (PEFT and other wrappers are looked through).
 
@@ -131,7 +147,10 @@ def _follow(module: nn.Module, value: Any) -> Any:
 def _first(source: Any, *names: str) -> Any:
     """First integer attribute of `source` among `names`."""
     for name in names:
-        value = getattr(source, name, None)
+        try:
+            value = getattr(source, name, None)
+        except Exception:  # configs with per-layer values refuse to name one value for all layers
+            continue
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
@@ -198,6 +217,7 @@ def _config_parts(config: Any) -> dict[int, str]:
 
 def _modality(model: nn.Module) -> str:
     name = getattr(model, "main_input_name", "input_ids")
+    name = name if isinstance(name, str) else (name or ["input_ids"])[0]
     if name.startswith("pixel"):
         return "vision"
     return "audio" if name in ("input_features", "input_values", "audio_values") else "text"

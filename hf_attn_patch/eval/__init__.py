@@ -28,7 +28,21 @@ _PUBLIC = {
     "Difference": "stats",
     "paired_bootstrap": "stats",
 }
-__all__ = [*_PUBLIC]
+__all__ = [
+    "Difference",
+    "Metric",
+    "Result",
+    "SpecError",
+    "Task",
+    "TaskError",
+    "Variant",
+    "available",
+    "paired_bootstrap",
+    "parse_patch_spec",
+    "parse_task_spec",
+    "register_task",
+    "run",
+]
 
 if TYPE_CHECKING:
     from .harness import run

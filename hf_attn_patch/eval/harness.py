@@ -31,7 +31,9 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         config = asdict(self.what) if is_dataclass(self.what) and not isinstance(self.what, type) else {}
-        name = self.what if isinstance(self.what, str) else getattr(self.what, "name", type(self.what).__name__)
+        name = (
+            self.what if isinstance(self.what, str) else getattr(self.what, "name", type(self.what).__name__)
+        )
         return {"name": name, "options": {**config, **self.options}}
 
 
@@ -92,7 +94,9 @@ def run(
     for variant in variants:
         summarise(variant, base, job, weights, groups, seed)
 
-    notes = [f"the model already carried {text}; this is part of all variants, dense included" for text in carried]
+    notes = [
+        f"the model already carried {text}; this is part of all variants, dense included" for text in carried
+    ]
     result = Result(
         task=job.to_dict(),
         metrics=job.metrics,
@@ -128,7 +132,9 @@ def resolve(patches: Sequence[Any] | Mapping[str, Any]) -> list[Choice]:
     for label, patch in named:
         choice = _choice(patch, label)
         if choice.label == DENSE or any(c.label == choice.label for c in choices):
-            raise SpecError(f"two variants are called {choice.label!r}. Give labels of your own: patches={{label: patch}}.")
+            raise SpecError(
+                f"two variants are called {choice.label!r}. Give labels of your own: patches={{label: patch}}."
+            )
         choices.append(choice)
     return choices
 

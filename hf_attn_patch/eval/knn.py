@@ -1,8 +1,9 @@
 """`knn`: is the class of an image still the class of its nearest neighbours in feature space?
 
 The training-free probe of self-supervised ViTs (DINO, arXiv 2104.14294): k nearest training images by cosine of the
-CLS features, votes weighted by exp(cosine / temperature). Training and test features both come from the model under
-test. Images are scikit-learn's digits: real, labelled, and on every machine that has scikit-learn.
+CLS features, votes weighted by exp(cosine / temperature). The mean of the training features is taken off first: what
+all images share says nothing about any of them and flattens the cosines. Training and test features both come from
+the model under test. Images are scikit-learn's digits: real, labelled, on every machine that has scikit-learn.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Knn(Task):
         pixels, labels = self._train
         known, _ = encode(model, pixels, self.batch)
         asked, _ = encode(model, torch.stack([p for p, _ in items]), self.batch, tick)
-        guesses = nearest_class(known, labels, asked, self.k, self.temperature)
+        common = known.mean(0)
+        guesses = nearest_class(known - common, labels, asked - common, self.k, self.temperature)
         return {"accuracy": [float(guess == label) for guess, (_, label) in zip(guesses, items)]}
 
     def groups(self, items: list[Any]) -> list[str]:

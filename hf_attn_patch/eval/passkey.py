@@ -14,13 +14,15 @@ from typing import Any, ClassVar
 
 from .task import Metric, Scores, Task, Tick, require_language_model
 
-NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "\n\nWhat is the pass key? The pass key is"
+# "pass key" would be found in the filler too: it is the documentation of a programming language, full of keys. A
+# number that is called secret is not, and the dense SmolLM2-135M then answers every item.
+NEEDLE = "\n\nThe secret number is {key}. Remember it: the secret number is {key}.\n\n"
+QUESTION = "\n\nThe secret number is"
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """One prompt. ids: int64 [1, <= length]. depth: where the needle is, 0 = start, 1 = end. key: the digits."""
+    """One prompt. ids: int64 [1, n] with n just below `length`. depth: of the needle, 0 = start, 1 = end."""
 
     length: int
     depth: float
@@ -65,7 +67,8 @@ class Passkey(Task):
         from ..testbed.prose import filler_sentences
 
         sentences = filler_sentences()
-        counts = [len(ids) for ids in processor(list(sentences), add_special_tokens=False)["input_ids"]]
+        spaced = [" " + s for s in sentences]  # as they stand in running text
+        counts = [len(ids) for ids in processor(spaced, add_special_tokens=False)["input_ids"]]
         draw = random.Random(seed)
         return [
             self._haystack(processor, sentences, counts, length, depth, draw)
@@ -84,20 +87,19 @@ class Passkey(Task):
     ) -> Haystack:
         key = str(draw.randint(10000, 99999))
         needle = NEEDLE.format(key=key)
-        room = length - len(processor.encode(needle)) - len(processor.encode(QUESTION)) - 2
-        at, filler = draw.randrange(len(sentences)), []
-        while True:  # sentences in the order of the text, from a random place on, around the end
-            room -= counts[at % len(sentences)] + 1
-            if room < 0 or len(filler) == len(sentences):
-                break
+        room = length - len(processor.encode(needle)) - len(processor.encode(QUESTION))
+        at = draw.randrange(len(sentences))
+        filler: list[str] = []
+        while room >= counts[at % len(sentences)]:  # in the order of the text, from a random place on, cyclic
+            if len(filler) == len(sentences):
+                raise ValueError(
+                    f"passkey: the prose of this machine does not fill {length} tokens. Ask for less."
+                )
             filler.append(sentences[at % len(sentences)])
+            room -= counts[at % len(sentences)]
             at += 1
-        if room >= 0:
-            raise ValueError(
-                f"passkey: the prose of this machine does not fill {length} tokens. Ask for less."
-            )
         cut = round(depth * len(filler))
-        text = " ".join([*filler[:cut], needle, *filler[cut:]]) + QUESTION
+        text = " ".join(filler[:cut]) + needle + " ".join(filler[cut:]) + QUESTION
         return Haystack(length, depth, key, processor(text, return_tensors="pt")["input_ids"])
 
     def score(self, model: Any, processor: Any, items: list[Haystack], reference: Any, tick: Tick) -> Scores:

@@ -52,7 +52,8 @@ class Perplexity(Task):
         stride = self.context if self.stride is None else self.stride
         if self.context < 2 or self.tokens < 2 or self.chunk < 1:
             raise ValueError(
-                f"perplexity: tokens={self.tokens} and context={self.context} must be at least 2, chunk={self.chunk} at least 1"
+                f"perplexity: tokens={self.tokens} and context={self.context} must be at least 2, "
+                f"chunk={self.chunk} at least 1"
             )
         if not 1 <= stride <= self.context:
             raise ValueError(f"perplexity: stride={self.stride} must be between 1 and context={self.context}")
@@ -132,7 +133,9 @@ def token_nll(model: Any, ids: Any, rows: int = 256) -> Any:
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     target = ids[0, 1:]
     parts = [  # in pieces: a float32 copy of all logits would be the largest tensor of the run
-        torch.nn.functional.cross_entropy(logits[i : i + rows].float(), target[i : i + rows], reduction="none")
+        torch.nn.functional.cross_entropy(
+            logits[i : i + rows].float(), target[i : i + rows], reduction="none"
+        )
         for i in range(0, len(target), rows)
     ]
     return torch.cat(parts)

@@ -98,6 +98,18 @@ def _pieces(text: str, name: str) -> list[str]:
     return [p for p in pieces if p.strip()]
 
 
+def format_spec(name: str, options: Mapping[str, Any]) -> str:
+    """The text that `split_spec` reads back: ``name:key=value,key=value`` with JSON for lists and mappings."""
+
+    def plain(value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        return json.dumps(value, separators=(",", ":"), default=str)
+
+    inner = ",".join(f"{k}={plain(v)}" for k, v in options.items())
+    return f"{name}:{inner}" if inner else name
+
+
 def parse_patch_spec(text: str) -> PatchSpec:
     """A patch as text, with values typed by the fields of its class.
 
@@ -136,9 +148,7 @@ def option_fields(cls: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init and not f.name.startswith("_")}
 
 
-def typed_options(
-    name: str, cls: type, raw: Mapping[str, str], scope: Mapping[str, type]
-) -> dict[str, Any]:
+def typed_options(name: str, cls: type, raw: Mapping[str, str], scope: Mapping[str, type]) -> dict[str, Any]:
     """Raw text values as values of the types that the fields of `cls` declare.
 
     Raises:
@@ -159,7 +169,9 @@ def typed_options(
             near = difflib.get_close_matches(key, [*fields, *scope], n=1, cutoff=0.5)
             hint_text = f" Did you mean {near[0]!r}?" if near else ""
             where = f"; where and how: {', '.join(scope)}" if scope else ""
-            raise SpecError(f"{name}: no option {key!r}.{hint_text} Options: {', '.join(fields) or 'none'}{where}.")
+            raise SpecError(
+                f"{name}: no option {key!r}.{hint_text} Options: {', '.join(fields) or 'none'}{where}."
+            )
         try:
             options[key] = coerce(value, hint)
         except ValueError as error:
@@ -220,7 +232,9 @@ def coerce(text: str, hint: Any) -> Any:
         return _json(text, dict)
     if isinstance(container, type) and issubclass(container, Sequence):
         values = _json(text, list) if text.startswith("[") else [_loose(text)]
-        inner = args[0] if args and not (container is tuple and len(args) == 2 and args[1] is not ...) else Any
+        inner = (
+            args[0] if args and not (container is tuple and len(args) == 2 and args[1] is not ...) else Any
+        )
         values = [_checked(v, inner) for v in values]
         return tuple(values) if container is tuple else values
     return _loose(text)

@@ -97,6 +97,7 @@ class BlockLayout:
             tokens = None
         else:
             tokens = torch.tensor(order, dtype=torch.long)
+            shape = replace(shape, slots=len(order))
             pairs = ordered_pairs(rule, shape, tokens)
         return cls._assemble(shape, 1, pairs, rule, tokens, repr(rule)).to(device)
 
@@ -265,6 +266,13 @@ class BlockLayout:
             count += int((per_row[self.tile[part].long()] * real[m[part]]).sum())
         return count
 
+    def possible_count(self) -> int:
+        """Number of (query, key) pairs that causality allows, per batch item and layout head."""
+        if not self.causal:
+            return self.q_len * self.kv_len
+        q = torch.arange(self.q_offset, self.q_offset + self.q_len)
+        return int((q + 1).clamp(max=self.kv_len).sum())
+
     def density(self) -> tuple[float, float]:
         """(elements, blocks): shares of what causality allows.
 
@@ -275,13 +283,12 @@ class BlockLayout:
             return self.transpose().density()
         copies = self.batch * self.heads
         if self.causal:
-            q = torch.arange(self.q_offset, self.q_offset + self.q_len)
-            possible = int((q + 1).clamp(max=self.kv_len).sum())
-            last = q[self.block_q - 1 :: self.block_q]
-            last = torch.cat([last, q[-1:]]) if self.q_len % self.block_q else last
+            last = torch.arange(self.block_q, self.q_len + self.block_q, self.block_q).clamp(max=self.q_len)
+            last = last + self.q_offset - 1
             blocks = int((last // self.block_k + 1).clamp(max=self.k_blocks).sum())
         else:
-            possible, blocks = self.q_len * self.kv_len, self.q_blocks * self.k_blocks
+            blocks = self.q_blocks * self.k_blocks
+        possible = self.possible_count()
         return self.visible_count() / max(possible * copies, 1), self.entries / max(blocks * copies, 1)
 
     def transpose(self) -> BlockLayout:

@@ -26,7 +26,9 @@ def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:
         q = rows.reshape(1, 1, -1, 1) - start
         k = (cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]) - start
         read = rule.visible(head, q, k)
-        seen = seen & (read if rule.heads == 1 else read.repeat_interleave(program.num_heads // rule.heads, 1))
+        seen = seen & (
+            read if rule.heads == 1 else read.repeat_interleave(program.num_heads // rule.heads, 1)
+        )
     return seen.expand(program.batch, -1, -1, -1)
 
 
@@ -96,7 +98,9 @@ def attend(
         classes = classes[:, None, None, :]  # [B, 1, 1, Sk]
 
     # the query heads that share a KV head are rows of one product: K and V are never repeated
-    scores = (_by_kv_head(query, key.shape[1]) @ key.mT).reshape(*query.shape[:3], key.shape[2]) * program.scale
+    scores = (_by_kv_head(query, key.shape[1]) @ key.mT).reshape(
+        *query.shape[:3], key.shape[2]
+    ) * program.scale
     if program.query_scale is not None:
         scores = scores * pick(program.query_scale)
     if program.softcap is not None:
@@ -190,7 +194,14 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
             allowed = visible(program, rows, group.columns)
             allowed = allowed[:, heads] if allowed.shape[1] > 1 else allowed
             part, _ = attend(
-                program, program.query[:, heads], group.key, group.value, allowed, rows, group.columns, heads=heads
+                program,
+                program.query[:, heads],
+                group.key,
+                group.value,
+                allowed,
+                rows,
+                group.columns,
+                heads=heads,
             )
             if outputs.numel() == 0:
                 outputs = part.new_empty(part.shape[0], H, *part.shape[2:])

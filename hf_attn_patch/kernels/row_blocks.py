@@ -139,7 +139,7 @@ def run_rows(program: Program, rows: Tensor | None = None, edited: bool = False)
     for run, ranges in zip(runs, key_runs(program, runs)):
         q = query[:, :, run]
         if not ranges:
-            outputs.append(q.new_zeros(*q.shape[:3], program.value.shape[3]) + 0 * q.sum())
+            outputs.append(q.new_zeros(*q.shape[:3], program.value.shape[3]))
             continue
         key, value = take(program.key, ranges), take(program.value, ranges)
         cols = take(program.mask.key_columns, ranges, 0)
@@ -190,7 +190,15 @@ def run_ragged(program: Program, edited: bool) -> Tensor:
             q = query[:, heads][:, :, run]
             if edited:
                 out, _ = reference.attend(
-                    program, q, group.key, group.value, allowed, columns, group.columns, row_index=run, heads=heads
+                    program,
+                    q,
+                    group.key,
+                    group.value,
+                    allowed,
+                    columns,
+                    group.columns,
+                    row_index=run,
+                    heads=heads,
                 )
             else:
                 out = plain(program, q, group.key, group.value, allowed, columns, group.columns, heads)

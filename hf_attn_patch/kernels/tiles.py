@@ -21,7 +21,7 @@ PIECE = 1 << 21  # elements evaluated at once
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a layout under construction; `heads` are layout heads."""
+    """Sizes of a layout under construction; `heads` are layout heads, `slots` the length of a token order."""
 
     q_len: int
     kv_len: int
@@ -31,6 +31,7 @@ class Shape:
     block_q: int
     block_k: int
     heads: int
+    slots: int | None = None
 
     def __post_init__(self) -> None:
         if self.block_k % 32 or self.block_q % 32 or min(self.block_q, self.block_k) < 32:
@@ -38,11 +39,11 @@ class Shape:
 
     @property
     def nq(self) -> int:
-        return -(-self.q_len // self.block_q)
+        return -(-(self.slots or self.q_len) // self.block_q)
 
     @property
     def nk(self) -> int:
-        return -(-self.kv_len // self.block_k)
+        return -(-(self.slots or self.kv_len) // self.block_k)
 
     def q_range(self, m: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [lo, hi) of query block m."""

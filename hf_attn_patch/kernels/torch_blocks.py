@@ -1,7 +1,7 @@
 """The torch executor: every `Program` in linear memory, on any device, differentiable; the fast path on CPUs.
 
-It only chooses. Unedited softmax over a static layout runs bucket by bucket (`buckets`), dense causal or
-bidirectional attention is one SDPA call, everything else goes row block by row block (`row_blocks`). Where edits
+It only chooses. Unedited softmax over a static layout runs bucket by bucket and dense attention in one
+SDPA call (`plain`), everything else goes row block by row block (`row_blocks`). Where edits
 touch only some rows, the others still take the cheap way.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..program import Program
 from . import reference
-from .buckets import run_plain
+from .plain import run_plain
 from .row_blocks import mean_values, run_ragged, run_rows
 
 

@@ -10,13 +10,12 @@ attention of a random model is uniform, every mask gives nearly the same output,
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
-import re
 from typing import Any
 
 from hf_attn_patch.testbed import tiny_rules as rules
+from hf_attn_patch.testbed.tiny_shrink import SpecialIds, merge, shrunken
 
 __all__ = ["TinyError", "families", "model_class", "tiny_config", "tiny_inputs", "tiny_model"]
 
@@ -47,18 +46,20 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, families(), n=3)
-        raise TinyError(f"tiny: transformers knows no family {model_type!r}. Near: {', '.join(near) or 'none'}.")
+        raise TinyError(
+            f"tiny: transformers knows no family {model_type!r}. Near: {', '.join(near) or 'none'}."
+        )
     config_class = CONFIG_MAPPING[model_type]
     parts = rules.PARTS.get(model_type, {})
     try:
-        if parts:
-            fields = {name: tiny_config(family).to_dict() for name, family in parts.items()}
-        else:
-            fields = _shrunken(config_class().to_dict(), _SpecialIds(), nested=False)
-        _merge(fields, rules.OVERRIDES.get(model_type, {}))
-        for name, value in overrides.items():
-            _merge(fields, {name: value})
+        fields = shrunken(_default(config_class, bool(parts)), SpecialIds(), nested=False)
+        fields.pop("model_type", None)
+        for name, (family, changes) in parts.items():
+            fields[name] = tiny_config(family, **changes).to_dict()
+        merge(fields, overrides)
         config = config_class(**fields)
+        if overrides:
+            _check_names(config_class, overrides, bool(parts))
     except TinyError:
         raise
     except Exception as error:  # config classes raise whatever they like
@@ -117,7 +118,11 @@ def _class_by_config(config: Any) -> type:
         for c in vars(module).values()
         if isinstance(c, type) and issubclass(c, PreTrainedModel) and c.config_class is type(config)
     ]
-    classes = [c for c in classes if "PreTrained" not in c.__name__ and c.forward.__name__ != "_forward_unimplemented"]
+    classes = [
+        c
+        for c in classes
+        if "PreTrained" not in c.__name__ and c.forward.__name__ != "_forward_unimplemented"
+    ]
     if not classes:
         raise TinyError(f"tiny: no model class in {home} takes {type(config).__name__}")
     return next((c for c in classes if c.__name__.endswith("Model")), classes[0])
@@ -156,7 +161,12 @@ def _reinitialise(model: Any) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             last = name.rsplit(".", 1)[-1]
-            if id(weight) in seen or not weight.is_floating_point() or weight.numel() == 0 or last in _LEFT_ALONE:
+            if (
+                id(weight) in seen
+                or not weight.is_floating_point()
+                or weight.numel() == 0
+                or last in _LEFT_ALONE
+            ):
                 continue
             seen.add(id(weight))
             constant = bool((weight == weight.flatten()[0]).all())
@@ -195,150 +205,45 @@ def tiny_inputs(
 
     pads = [left_pad] * batch if isinstance(left_pad, int) else list(left_pad)
     if len(pads) != batch or any(not 0 <= pad < length for pad in pads):
-        raise TinyError(f"tiny: left_pad={left_pad} must be {batch} numbers from 0 to {length - 1} (length - 1)")
+        raise TinyError(
+            f"tiny: left_pad={left_pad} must be {batch} numbers from 0 to {length - 1} (length - 1)"
+        )
     return build_inputs(model, batch, length, pads, seed)
 
 
-# --- shrinking a config ----------------------------------------------------------------------------------------------
+def _check_names(config_class: type, overrides: dict[str, Any], may_fail: bool) -> None:
+    """Config classes keep any keyword argument as an attribute that nobody reads: a typo would pass unseen."""
+    import transformers
+
+    known = _default(config_class, may_fail)
+    if not known:
+        return
+    default = config_class()
+    unknown = [n for n in overrides if n not in _ALWAYS_TAKEN and not hasattr(default, n)]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        raise TinyError(
+            f"tiny: {config_class.__name__} has no field {unknown[0]!r}. Near: {', '.join(near) or 'none'}."
+        )
+    for name, value in overrides.items():
+        part = getattr(default, name, None)
+        if (
+            isinstance(value, dict)
+            and isinstance(part, transformers.PreTrainedConfig)
+            and "model_type" not in value
+        ):
+            _check_names(type(part), value, True)
 
 
-class _SpecialIds:
-    """Hands out small token ids, the same one for the same field name in all sub-configs."""
-
-    LOW = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1, "unk": 3, "sep": 2, "cls": 1, "eod": 2}
-    MEDIA = ("image", "img", "video", "audio", "vision", "boi", "eoi", "boa", "eoa", "speech", "media", "vid")
-
-    def __init__(self) -> None:
-        self.given: dict[str, int] = {}
-
-    def small(self, name: str, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [self.small(name, value[0])] if value else list(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            return value
-        stem = re.sub(r"_(token_)?(id|ids|index)$", "", name)
-        if not any(word in stem.split("_") for word in self.MEDIA):
-            low = next((i for key, i in self.LOW.items() if stem.endswith(key)), None)
-            if value < rules.FIRST_SPECIAL_ID:
-                return value
-            if low is not None:
-                return low
-        return self.given.setdefault(stem, rules.FIRST_SPECIAL_ID + len(self.given))
+# read by models although not every config class declares them
+_ALWAYS_TAKEN = {"attn_implementation", "dtype", "is_decoder", "add_cross_attention", "output_attentions"}
 
 
-def _shrunken(default: dict[str, Any], ids: _SpecialIds, nested: bool) -> dict[str, Any]:
-    """Keyword arguments for the config class: only the fields that change, so that the rest is derived anew.
-
-    A nested config also passes what its owner set differently from the nested class' own defaults.
-    """
-    kind = default.get("model_type", "")
-    override = rules.OVERRIDES.get(kind, {})
-    own = _class_default(kind) if nested else {}
-    hierarchical = any(isinstance(default.get(k), list) for k in ("num_heads", "num_attention_heads", "depths"))
-    fields: dict[str, Any] = {}
-    picks = None
-    count = next((k for k in rules.LAYER_COUNTS if isinstance(default.get(k), int) and default[k] > 0), None)
-    if count:
-        picks = _layer_picks(default, default[count])
-    for name, value in default.items():
-        if name in override:
-            continue
-        new = _shrunken_field(name, value, default, ids, picks, count, hierarchical)
-        if new is not rules.KEEP:
-            fields[name] = new
-        elif name in own and own[name] != value:
-            fields[name] = value
-    if kind:
-        fields["model_type"] = kind
-    _merge(fields, {k: v for k, v in override.items() if not isinstance(v, str) or v != rules.KEEP})
-    return fields
-
-
-def _class_default(kind: str) -> dict[str, Any]:
-    from transformers import CONFIG_MAPPING
-
+def _default(config_class: type, may_fail: bool) -> dict[str, Any]:
+    """The family's default config as a dict; empty if it has none because its parts must be given."""
     try:
-        return CONFIG_MAPPING[kind]().to_dict()
-    except Exception:  # a part without a class of its own, or without defaults: nothing to compare with
+        return config_class().to_dict()
+    except ValueError:
+        if not may_fail:
+            raise
         return {}
-
-
-def _shrunken_field(
-    name: str, value: Any, default: dict[str, Any], ids: _SpecialIds, picks: Any, count: Any, hierarchical: bool
-) -> Any:
-    if name in rules.VALUES:
-        return rules.VALUES[name] if value is not None else rules.KEEP
-    if isinstance(value, dict):
-        if "model_type" in value:
-            return _shrunken(value, ids, nested=True)
-        return _rope(value) if name in ("rope_parameters", "rope_scaling") else rules.KEEP
-    if re.search(r"_token_(id|ids|index)$", name) or name.endswith("_token"):
-        return ids.small(name, value)
-    if isinstance(value, (list, tuple)):
-        return _shrunken_list(name, list(value), default, picks, count)
-    if isinstance(value, bool) or not isinstance(value, int):
-        return rules.KEEP
-    if name == count and picks is not None:
-        return len(picks)
-    for pattern, small in rules.INTEGERS:
-        if re.fullmatch(pattern, name):
-            if hierarchical and small in (rules.WIDTH, rules.FFN, rules.HEADS) and not isinstance(small, str):
-                return rules.KEEP  # widths of all stages hang together; these models are small once they are shallow
-            return rules.KEEP if isinstance(small, str) or small >= value else small
-    return rules.KEEP
-
-
-def _shrunken_list(name: str, value: list[Any], default: dict[str, Any], picks: Any, count: Any) -> Any:
-    layers = len(picks) if picks else rules.LAYERS
-    if name in ("image_size", "img_size") and value and all(isinstance(v, int) for v in value):
-        return [rules.IMAGE] * len(value)
-    if name == "patch_size" and all(isinstance(v, int) for v in value):
-        return [*value[:-2], *(min(rules.PATCH, v) for v in value[-2:])]
-    if name == "depths":
-        return [min(2, v) for v in value]  # two, because the second block of a Swin stage is the shifted one
-    if re.fullmatch(rules.LAYER_INDICES, name) and all(isinstance(v, int) for v in value):
-        return list(dict.fromkeys(max(-layers, min(v, layers - 1)) for v in value))
-    if count and picks and len(value) == default[count] and len(value) > rules.LAYERS:
-        return [value[i] for i in picks]
-    return rules.KEEP
-
-
-def _layer_picks(default: dict[str, Any], count: int) -> list[int]:
-    """Indices of the layers to keep: the first of each kind, at most four, at least two."""
-    lists = [v for k, v in default.items() if isinstance(v, list) and len(v) == count and count > rules.LAYERS]
-    if count <= rules.LAYERS:
-        return list(range(count))
-    kinds = list(zip(*[[str(x) for x in v] for v in lists])) if lists else [()] * count
-    picks = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:4]
-    extra = (i for i in range(count) if i not in picks)
-    while len(picks) < rules.LAYERS:
-        picks.append(next(extra))
-    return sorted(picks)
-
-
-def _rope(value: dict[str, Any]) -> Any:
-    """M-RoPE sections sum to half the rotated dimensions; everything else about RoPE scales by itself."""
-    nested = {k: v for k, v in value.items() if isinstance(v, dict)}
-    if nested:
-        changed = {k: _rope(v) for k, v in nested.items()}
-        if all(v is rules.KEEP for v in changed.values()):
-            return rules.KEEP
-        return {**value, **{k: value[k] if v is rules.KEEP else v for k, v in changed.items()}}
-    section = value.get("mrope_section")
-    if not section:
-        return rules.KEEP
-    half = int(rules.HEAD_DIM * value.get("partial_rotary_factor", 1.0)) // 2
-    small = [max(1, round(s * half / sum(section))) for s in section]
-    small[-1] += half - sum(small)
-    return {**value, "mrope_section": small}
-
-
-def _merge(fields: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Deep update; a string KEEP removes the field, so that the class default applies."""
-    for name, value in changes.items():
-        if isinstance(value, dict) and isinstance(fields.get(name), dict) and "model_type" in fields[name]:
-            _merge(fields[name], value)
-        elif isinstance(value, str) and value == rules.KEEP:
-            fields.pop(name, None)
-        else:
-            fields[name] = copy.deepcopy(value)

@@ -60,6 +60,9 @@ def inputs_of(family: str, batch: int = 2, length: int = LENGTH, left_pad: Any =
     # Qwen-VL computes its own 3-D positions from ids and mask
     if mask is not None and "position_ids" in accepts and "image_grid_thw" not in inputs and family in PER_TOKEN:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if "image_grid_thw" in inputs:  # 3-D positions [3, B, L]; alone, the model only finds them in its first forward
+        known = inspect.signature(model.model.get_rope_index).parameters
+        inputs["position_ids"] = model.model.get_rope_index(**{k: v for k, v in inputs.items() if k in known})[0]
     return inputs
 
 
@@ -75,6 +78,9 @@ def row_of(inputs: dict[str, Any], row: int, batch: int, skip: int = 0) -> dict[
     length = inputs["input_ids"].shape[1]
     alone = {}
     for name, value in inputs.items():
+        if name == "position_ids" and value.ndim == 3:
+            alone[name] = value[:, row : row + 1, skip:]
+            continue
         share = value.shape[0] // batch
         value = value[row * share : (row + 1) * share]
         if value.ndim == 2 and value.shape[1] == length and name != "pixel_values":
@@ -83,12 +89,19 @@ def row_of(inputs: dict[str, Any], row: int, batch: int, skip: int = 0) -> dict[
     return alone
 
 
+def joined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Two single rows as one batch."""
+    return {k: torch.cat([a[k], b[k]], 1 if k == "position_ids" and a[k].ndim == 3 else 0) for k in a}
+
+
 def columns_of(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
     """Tokens begin..end of every row; the mask covers everything seen so far, pixels come with the first part."""
     length = inputs["input_ids"].shape[1]
     part = {}
     for name, value in inputs.items():
-        if value.ndim == 2 and value.shape[1] == length and name != "pixel_values":
+        if name == "position_ids" and value.ndim == 3:
+            value = value[..., begin:end]
+        elif value.ndim == 2 and value.shape[1] == length and name != "pixel_values":
             value = value[:, :end] if name == "attention_mask" else value[:, begin:end]
         elif begin > 0:
             continue  # pixel values and grids belong to the first forward

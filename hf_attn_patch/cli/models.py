@@ -1,0 +1,82 @@
+"""MODEL on the command line: a testbed item, a tiny random model, a local folder or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer or image processor or None).
+
+    Raises:
+        ValueError: unknown dtype, or nothing is to be found under `name`. TestbedError, TinyError: see there.
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
+    number_format = getattr(torch, dtype)
+    kind, _, rest = name.partition(":")
+    if kind == "testbed" and rest:
+        from .. import testbed
+
+        return testbed.load(rest, number_format)
+    if kind == "tiny" and rest:
+        from ..testbed.tiny import tiny_model
+
+        return tiny_model(rest).to(number_format).eval(), None
+    return _from_pretrained(name, number_format)
+
+
+def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.auto import modeling_auto as auto
+
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"MODEL {name!r}: no such folder")
+    source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"MODEL {name!r} cannot be loaded: {first} Give a local folder, a hub id that can be reached, "
+            "testbed:NAME (see hf-attn-patch testbed) or tiny:FAMILY, e.g. tiny:llama."
+        ) from error
+    for loader, table in (
+        ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if config.model_type in table and not _is_backbone(config, table):
+            import transformers
+
+            model = getattr(transformers, loader).from_pretrained(source, dtype=dtype)
+            break
+    else:
+        model = AutoModel.from_pretrained(source, dtype=dtype)
+    return model.eval(), _processor(source, model)
+
+
+def _is_backbone(config: Any, table: Any) -> bool:
+    """True if the checkpoint names a class without a head: a BERT encoder is also listed as a causal LM."""
+    wanted = table[config.model_type]
+    names = wanted if isinstance(wanted, (tuple, list)) else (wanted,)
+    return bool(config.architectures) and not set(config.architectures) & set(names)
+
+
+def _processor(source: str, model: Any) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    first, second = AutoTokenizer, AutoImageProcessor
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        first, second = second, first
+    for kind in (first, second):
+        try:
+            return kind.from_pretrained(source)
+        except Exception:  # many checkpoints have only one of the two, some none; tasks say what they miss
+            continue
+    return None

@@ -1,0 +1,80 @@
+"""Error budgets instead of hand-picked tolerances.
+
+The truth is the reference executor in float64. An executor in dtype X may be off by twice what plain torch (the
+reference in X) is off, plus one rounding band of X at the size of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_patch.kernels import attention
+from hf_attn_patch.kernels.ragged import RaggedKV
+from hf_attn_patch.program import Program
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """Copy of a program (or part of one) with every floating tensor in `dtype`."""
+    if isinstance(x, Tensor):
+        return x.detach().to(dtype) if x.is_floating_point() else x
+    if isinstance(x, RaggedKV):
+        return RaggedKV([cast(g, dtype) for g in x.groups], x.seen)
+    if isinstance(x, list):
+        return [cast(y, dtype) for y in x]
+    if is_dataclass(x) and not isinstance(x, type) and type(x).__name__ not in ("SinkWindow",):
+        changed = {
+            f.name: cast(getattr(x, f.name), dtype) for f in fields(x) if f.init and f.name != "_native"
+        }
+        return replace(x, **changed)
+    return x
+
+
+def rounded(program: Program, dtype: torch.dtype) -> Program:
+    """The program whose inputs are exactly representable in `dtype`, in float64: both sides start from it."""
+    return cast(cast(program, dtype), torch.float64)
+
+
+def outputs(program: Program, impl: str, gradients: bool) -> list[Tensor]:
+    """Output, and gradients of query, key and value for a fixed cotangent, as float64."""
+    leaves: list[Tensor] = []
+    if gradients:
+        program = replace(
+            program,
+            **{n: getattr(program, n).clone().requires_grad_(True) for n in ("query", "key", "value")},
+        )
+        leaves = [program.query, program.key, program.value]
+    out = attention(program, impl).output
+    result = [out]
+    if gradients:
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        result += torch.autograd.grad((out.double() * weight).sum(), leaves, allow_unused=True)
+        result = [torch.zeros(1) if r is None else r for r in result]
+    return [r.detach().double() for r in result]
+
+
+def assert_within_budget(
+    program: Program, impl: str = "torch", dtype: torch.dtype = torch.float32, gradients: bool = False
+) -> None:
+    """Fail if `impl` in `dtype` is further from the float64 truth than the budget allows, or not finite."""
+    truth = outputs(rounded(program, dtype), "reference", gradients)
+    baseline = outputs(cast(program, dtype), "reference", gradients)
+    got = outputs(cast(program, dtype), impl, gradients)
+    for name, t, b, g in zip(("output", "dq", "dk", "dv"), truth, baseline, got):
+        assert g.shape == t.shape or g.numel() == 1, (
+            f"{name}: shape {list(g.shape)}, expected {list(t.shape)}"
+        )
+        assert torch.isfinite(g).all(), f"{name}: not finite"
+        band = torch.finfo(dtype).eps * max(float(t.abs().max()), 1e-3)
+        if name != "output":  # a backward pass rebuilds probabilities from rounded scores and log-sum-exp
+            band *= 4
+        if dtype == torch.float64:  # here the truth itself is one of many equally rounded answers
+            band *= 64
+        allowed = 2 * float((b - t).abs().max()) + band
+        error = float((g - t).abs().max())
+        assert error <= allowed, (
+            f"{name} of {impl} in {dtype}: error {error:.3g} exceeds budget {allowed:.3g}\n{program}"
+        )
