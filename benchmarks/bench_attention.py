@@ -12,6 +12,7 @@ import argparse
 import csv
 import datetime
 import json
+import os
 import platform
 import resource
 import shlex
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,28 +113,35 @@ def flex_provider(program: Program) -> tuple[Callable[[], torch.Tensor], float]:
         allowed = rule.visible(torch.zeros((), dtype=torch.long), q, k)
         return allowed & (k <= q) if causal else allowed
 
+    torch._dynamo.reset()  # else the recompile limit of earlier cases silently leaves the unfused implementation
     begin = time.perf_counter()
     blocks = create_block_mask(seen, None, None, L, L, device="cpu")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    call = lambda: compiled(
-        program.query, program.key, program.value, block_mask=blocks, scale=program.scale, enable_gqa=True
-    )
-    call()
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    gqa = program.num_heads != program.num_kv_heads
+
+    def call() -> torch.Tensor:
+        return compiled(
+            program.query, program.key, program.value, block_mask=blocks, scale=program.scale, enable_gqa=gqa
+        )
+
+    with torch.no_grad(), warnings.catch_warnings():  # as it is timed: another grad mode compiles again
+        warnings.simplefilter("error", UserWarning)
+        call()
     return call, time.perf_counter() - begin
 
 
-def check(name: str, provider: str, program: Program, got: torch.Tensor, rows: torch.Tensor) -> None:
-    """The gate: some rows against float64; error at most twice that of plain torch in this dtype plus a band
-    (a wide one: six rows are too few to know what plain torch is off)."""
+def check(
+    name: str, provider: str, program: Program, got: torch.Tensor, rows: torch.Tensor, dense: bool = False
+) -> None:
+    """The gate (`dense`: without the rule): some rows against float64; error at most twice that of plain torch in
+    this dtype plus a band (a wide one: six rows are too few to know what plain torch is off)."""
 
     def few(dtype: torch.dtype) -> torch.Tensor:
         out = []
         group = program.num_heads // program.num_kv_heads
         for row in rows.tolist():
             q, k = torch.tensor([row]), torch.arange(program.mask.kv_len)
-            allowed = (
-                program.rule.visible(torch.zeros((), dtype=torch.long), q, k) if program.rule else k >= 0
-            )
+            allowed = k >= 0 if dense else program.rule.visible(torch.zeros((), dtype=torch.long), q, k)
             allowed = allowed & (k <= q) if program.mask.causal else allowed
             q_row = program.query[0, :, row].to(dtype).unflatten(0, (-1, group))
             scores = (q_row @ program.key[0].to(dtype).mT * program.scale).masked_fill(
@@ -163,7 +172,8 @@ def race(
     built = time.perf_counter() - begin
     elements, blocks = layout.density()
     extra |= dict(dtype=str(dtype), H=program.num_heads, Hkv=program.num_kv_heads, D=program.query.shape[3],
-                  element_density=elements, block_density=blocks, block=[layout.block_q, layout.block_k])  # fmt: skip
+                  element_density=elements, block_density=blocks,
+                  load=os.getloadavg()[0], block=[layout.block_q, layout.block_k])  # fmt: skip
     providers: dict[str, Callable[[], torch.Tensor]] = {
         "torch": lambda: attention(program, impl="torch").output,
         "sdpa_dense": lambda: F.scaled_dot_product_attention(
@@ -184,8 +194,8 @@ def race(
     report.add(name, "torch", "layout_build", "s", x, [built], **extra)
     rows = torch.tensor(sorted({0, 1, L // 7, L // 2 + 3, L - 65, L - 1}))
     for provider in providers:
-        if provider != "sdpa_dense":
-            check(name, provider, program, providers[provider](), rows)
+        with torch.no_grad():
+            check(name, provider, program, providers[provider](), rows, dense=provider == "sdpa_dense")
     times: dict[str, list[float]] = {provider: [] for provider in providers}
     with torch.no_grad():
         for round_ in range(rounds + 2):
@@ -252,7 +262,7 @@ def main() -> None:
     report = Report()
     print(report.common["machine"], "torch", torch.__version__)
     window = lambda dtype, **o: program_of(SinkWindow(64, 512), arguments.length, 9, 3, 64, dtype, True)
-    image = lambda stride, dtype: program_of(
+    image = lambda stride, dtype, H=6: program_of(
         Neighborhood((64, 64), (16, 16), (stride, stride), (1, 1), (False, False)),
         4096,
         6,
@@ -269,6 +279,9 @@ def main() -> None:
         for kind, stride in (("blocked", 16), ("sliding", 1))
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
+    for kind, stride in (("blocked", 16), ("sliding", 1)):
+        make = lambda d, s=stride: image(s, d, 1)
+        cases[f"neighborhood2d_{kind}_fp32_1head"] = (make, torch.float32, ("grid", "64x64"))
     for name, (make, dtype, x) in cases.items():
         if arguments.only in name:
             race(report, name, make(dtype), x, arguments.rounds, not arguments.no_flex)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from . import cache as cache_layers
 from . import dispatch, registry, selection
 from .context import Context, refuse_filled
-from .dispatch import CHILD, PatchStack, SitePatch
+from .dispatch import PatchStack, SitePatch
 from .errors import CompositionError, ConfigError, ModelMismatchError, PatchError, SelectionError
-from .kernels import check_impl
+from .kernels import check_impl, unavailable
 from .reporting import PatchReport, build_report
 from .selection import Selector
 from .sites import PARTS, Site, attention_classes, base_model, find_sites, why_not_dispatchable
@@ -29,7 +29,7 @@ STATE = "_attn_patch_state"
 CACHE_POLICIES = ("auto", "keep")
 
 
-@dataclass
+@dataclass(eq=False)  # two equal calls are still two calls
 class Entry:
     """One active `patch()` call on a model."""
 
@@ -82,10 +82,10 @@ class _Spans:
         for path in dict.fromkeys(paths):
             module = self.model.get_submodule(path)
             layer = getattr(module, "layer_idx", None)
-            stack = next(s for s in module._modules[CHILD].modules() if isinstance(s, PatchStack))
+            stack = dispatch.stacks_of(module)[0]
             if not isinstance(layer, int):
                 continue
-            for patch in stack.patches.values():
+            for patch in stack.site_patches():
                 if not (patch.entry.enabled and patch.entry.cache == "auto" and patch.facts["causal"]):
                     continue
                 spans = spans_of(patch, context)
@@ -355,6 +355,11 @@ def _variants(
             f"the number of heads of {site.path} is unknown; see hap.sites.register_site_facts"
         )
     chosen = selection.indices(heads, site.num_heads, "query head")
+    if not chosen:
+        raise SelectionError(
+            f"heads={heads!r} selects no query head of {site.path}; there are {site.num_heads}, numbered 0 to "
+            f"{site.num_heads - 1}"
+        )
     grouped: dict[str, tuple[list[int], registry.Patch]] = {}
     for head in chosen:
         special = registry.build(own, selection.overrides(heads, head, site.num_heads, "query head"))
@@ -397,6 +402,7 @@ def plan(
     Args and errors are those of `patch`.
     """
     config = registry.build(name_or_config, options)
+    layers, heads = selection.settled(layers), selection.settled(heads)
     try:
         check_impl(impl)
     except ValueError as error:
@@ -420,7 +426,15 @@ def plan(
             raise ModelMismatchError(f"{config.name} needs causal attention, {site.path} is bidirectional")
         for _, special in kinds:
             special.check(site)
-    notes = config.check_model(base, chosen)
+    devices = {p.device for site in chosen for p in site.module.parameters()}
+    for device in devices:
+        if impl != "auto" and device.type != "meta" and (reason := unavailable(impl, device)) is not None:
+            raise ModelMismatchError(
+                f"{config.name}: impl={impl!r} cannot run on this model: {reason}. Use impl='auto', which says in "
+                "handle.report() what it chose and why"
+            )
+    different = {repr(special.to_dict()): special for kinds in variants for _, special in kinds}
+    notes = [note for special in different.values() for note in special.check_model(base, chosen)]
     _check_composition(get_state(base), config, [s.path for s in chosen], impl)
     return Plan(
         config=config,
@@ -431,7 +445,7 @@ def plan(
         sites=chosen,
         variants=variants,
         untouched=len(everything) - len(chosen),
-        warnings=notes,
+        warnings=list(dict.fromkeys(notes)),
     )
 
 
@@ -464,6 +478,7 @@ def patch(
     Raises:
         PatchError: one of its subclasses, before anything was changed (see `errors`).
     """
+    layers, heads = selection.settled(layers), selection.settled(heads)
     made = plan(
         model, name_or_config, part=part, layers=layers, heads=heads, impl=impl, cache=cache, **options
     )
@@ -474,10 +489,8 @@ def patch(
 
 def _apply(model: nn.Module, made: Plan, layers: Selector, heads: Selector) -> PatchHandle:
     base = base_model(model)
-    state = base.__dict__.get(STATE)
-    fresh = state is None
-    if fresh:
-        state = State(base)
+    known = get_state(base)
+    fresh, state = known is None, known or State(base)
     names = {e.key for e in state.entries}
     key, number = made.config.name, 2
     while key in names:
@@ -494,10 +507,8 @@ def _apply(model: nn.Module, made: Plan, layers: Selector, heads: Selector) -> P
             like = next(site.module.parameters(), None)
             if like is not None:
                 piece.to(device=like.device)
-            stack = site.module._modules[CHILD]
-            for inner in stack.modules():
-                if isinstance(inner, PatchStack):
-                    inner.patches[key] = piece if inner is stack else copy.deepcopy(piece)
+            for number, stack in enumerate(dispatch.stacks_of(site.module)):
+                stack.patches[key] = piece if number == 0 else copy.deepcopy(piece)
         state.entries.append(entry)
         state.reinstall_hooks(base)
     except BaseException:
@@ -515,11 +526,11 @@ def _drop(base: nn.Module, state: State, entry: Entry) -> None:
     for module in base.modules():
         if isinstance(module, PatchStack) and entry.key in module.patches:
             del module.patches[entry.key]
+    paths = {path for other in state.entries for path in other.paths}
+    state.snapshot = dispatch.detach(base, state.snapshot, [s for s in find_sites(base) if s.path in paths])
+    state.reinstall_hooks(base)
     if state.entries:
-        state.reinstall_hooks(base)
         return
-    state.context.remove()
-    dispatch.detach(base, state.snapshot)
     base.__dict__.pop(STATE, None)
 
 

@@ -2,15 +2,15 @@
 
 A patch declares what it needs, and only then are hooks installed: on the transformers models around its sites
 (input ids, pixel values, the cache) and on its layers (hidden states). What must outlive one forward, such as the
-image tokens of a prompt, is kept *per cache object* in a weak dictionary, so that a second decoding stream
-cannot overwrite it; without a cache every forward starts anew.
+image tokens of a prompt, is kept *on the cache object*, so that a second decoding stream cannot overwrite it and a
+copy of a cache (a shared prefix) takes it along; without a cache every forward starts anew.
 """
 
 from __future__ import annotations
 
 import inspect
+import uuid
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ from .sites import layer_module
 
 if TYPE_CHECKING:
     from .dispatch import SitePatch
+
+MEMORY = "_attn_patch_memory"
+REPLAYS = 4096  # layer calls of training forwards whose facts are remembered for recomputation
 
 NEEDS = {
     "image_keys": "which keys are image tokens (from input_ids)",
@@ -42,7 +45,7 @@ class Context:
             the length of this forward. `hap.prompt(model, length=...)` overrides it (teacher-forced scoring).
         image_keys: bool [B, columns seen], or None when no input ids were given.
         grid: patch grid, e.g. (16, 16) or (T, Gh, Gw), of the pixel values in this forward.
-        output_attentions: what the caller asked for, or None.
+        override: what `hap.prompt` said about this forward. output_attentions: what the caller asked for, or None.
     """
 
     def __init__(self, model: nn.Module):
@@ -50,8 +53,9 @@ class Context:
         self.handles: list[Any] = []
         self.owners: list[str] = []
         self.layers: dict[str, Any] = {}
-        self.override: dict[str, Any] = {}
-        self._memory: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._said: dict[str, Any] = {}
+        self._token = uuid.uuid4().hex
+        self._replay: dict[int, tuple] = {}
         self._depth = 0
         self._reset()
 
@@ -59,21 +63,21 @@ class Context:
         self._forward: dict[str, Any] = {}
         self._inputs: dict[str, Tensor] = {}
         self.cache: Any = None
+        self.override: dict[str, Any] = self._said
         self.output_attentions: bool | None = None
         self.grid: tuple[int, ...] | None = None
         self.new_tokens: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # copies start with an empty memory: their caches are others
         state = dict(self.__dict__)
-        state["_memory"] = None
-        for name in ("_forward", "_inputs"):
+        for name in ("_forward", "_inputs", "_replay"):
             state[name] = {}
         state["cache"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._memory = weakref.WeakKeyDictionary()
+        self._token = uuid.uuid4().hex
         self._depth = 0
 
     # -- what methods read ------------------------------------------------------------------------------------
@@ -83,7 +87,7 @@ class Context:
         """Scratch space that lives as long as the cache (or this forward, without one)."""
         if self.cache is None:
             return self._forward
-        return self._memory.setdefault(self.cache, {})
+        return self.cache.__dict__.setdefault(MEMORY, {}).setdefault(self._token, {})
 
     @property
     def prompt_length(self) -> int | None:
@@ -121,7 +125,7 @@ class Context:
         for module in owners.values():
             self.handles.append(module.register_forward_pre_hook(self.before_model, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
-        if "layer_input" in needs:
+        if needs & {"layer_input", "image_keys", "grid"}:
             for path in paths:
                 hook = _LayerInput(self, path)
                 self.handles.append(
@@ -134,7 +138,7 @@ class Context:
         self.handles = []
         self.needs = set()
 
-    def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def before_model(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         names = _parameter_names(type(module))
         given = {**dict(zip(names, args)), **kwargs}
         if self._depth == 0:
@@ -185,7 +189,19 @@ class Context:
         if self._depth == 0:
             self._reset()
 
-    def _makes_cache(self, module: nn.Module, given: dict[str, Any]) -> bool:
+    def remember(self, hidden: Tensor) -> None:
+        """Gradient checkpointing runs a layer a second time during backward, when its forward is over and others may
+        have run since. Its input is then the same memory as before: by that the facts of its forward are found."""
+        place = hidden.data_ptr()
+        if self._depth:
+            self._replay.pop(place, None)
+            self._replay[place] = (self._forward, self.grid, self.override, self.output_attentions)
+            if len(self._replay) > REPLAYS:
+                self._replay.pop(next(iter(self._replay)))
+        elif place in self._replay:
+            self._forward, self.grid, self.override, self.output_attentions = self._replay[place]
+
+    def _makes_cache(self, module: Any, given: dict[str, Any]) -> bool:
         config = module.config
         use = given.get("use_cache")
         if use is None:
@@ -207,8 +223,16 @@ class Context:
         for token in wanted:
             found |= ids == token
         before = self.memory.get("image_keys")
-        if seen == 0 or before is None:
-            before = found.new_zeros(ids.shape[0], seen)
+        if seen == 0:
+            before = found.new_zeros(ids.shape[0], 0)
+        if before is None:
+            if self.override.get("image_keys") is None:
+                raise CacheError(
+                    f"the cache holds {seen} tokens that were read without this patch (or as inputs_embeds), so which of "
+                    "them are image tokens is unknown. Start with a fresh cache, or say it with "
+                    "hap.prompt(model, image_keys=...)"
+                )
+            return
         if before.shape[0] != ids.shape[0]:  # beams: rows of one item share their prompt
             before = before.repeat_interleave(ids.shape[0] // before.shape[0], 0)
         self.memory["image_keys"] = torch.cat([before[:, :seen], found], 1)
@@ -216,12 +240,12 @@ class Context:
 
     @contextmanager
     def prompt(self, **facts: Any) -> Iterator[None]:
-        before = self.override
-        self.override = {**before, **{k: v for k, v in facts.items() if v is not None}}
+        before = self._said
+        self._said = {**before, **{k: v for k, v in facts.items() if v is not None}}
         try:
             yield
         finally:
-            self.override = before
+            self._said = before
 
 
 class _LayerInput:
@@ -232,15 +256,19 @@ class _LayerInput:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if hidden is None:
+        if isinstance(hidden, Tensor):
+            if module.training:
+                self.context.remember(hidden)
+            if "layer_input" in self.context.needs:
+                self.context._inputs[self.path] = hidden
+        elif "layer_input" in self.context.needs:
             raise PatchError(f"{type(module).__name__} got no hidden states as first argument or by name")
-        self.context._inputs[self.path] = hidden
 
 
-_names: dict[type, list[str]] = {}
+_names: dict[Any, list[str]] = {}
 
 
-def _parameter_names(cls: type) -> list[str]:
+def _parameter_names(cls: Any) -> list[str]:
     """Parameter names of a model class' forward, without self."""
     if cls not in _names:
         _names[cls] = list(inspect.signature(cls.forward).parameters)[1:]

@@ -49,6 +49,11 @@ class SitePatch(nn.Module):
     variants: (query heads or None, config), so that heads of a site can carry different options.
     """
 
+    entry: Any
+    last: dict[str, Any]
+    facts: dict[str, Any]
+    variants: list[tuple[tuple[int, ...] | None, Patch]]
+
     def __init__(self, site: Site, entry: Any, variants: list[tuple[tuple[int, ...] | None, Patch]]):
         super().__init__()
         self.entry = entry
@@ -60,12 +65,26 @@ class SitePatch(nn.Module):
             "num_kv_heads": site.num_kv_heads,
             "causal": site.causal,
         }
-        for name, tensor in variants[0][1].tensors(site).items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name, tensor)
-            else:
-                self.register_buffer(name, tensor)
-        self.last: dict[str, Any] = {}
+        # the first variant's tensors live here, those of further ones (heads with other options) in children 1, 2, ...
+        for number, (_, config) in enumerate(variants):
+            holder = nn.Module() if number else self
+            for name, tensor in config.tensors(site).items():
+                if isinstance(tensor, nn.Parameter):
+                    holder.register_parameter(name, tensor)
+                else:
+                    holder.register_buffer(name, tensor)
+            if number:
+                self.add_module(str(number), holder)
+        self.last = {}
+
+    @property
+    def frees_cache(self) -> bool:
+        """True if it may have had tokens evicted from the cache."""
+        return self.entry.cache == "auto" and self.entry.config.frees_cache
+
+    def holder(self, number: int) -> nn.Module:
+        """The module that holds the tensors of variant `number`."""
+        return self.get_submodule(str(number)) if number else self
 
     def extra_repr(self) -> str:
         state = "" if self.entry.enabled else ", disabled"
@@ -75,15 +94,14 @@ class SitePatch(nn.Module):
 class Call:
     """Facts of one attention call for `Patch.edit`: where, on which heads, in which forward.
 
-    layer, path, part: the site. heads: query heads to edit (None = all). tensors: the `SitePatch` that holds the
-    method's parameters and buffers. context: facts of the running forward.
+    layer, path, part: the site. heads: query heads to edit (None = all). tensors: the module that holds the
+    method's parameters and buffers for these heads. context: facts of the running forward.
     """
 
-    def __init__(
-        self, patch: SitePatch, heads: tuple[int, ...] | None, context: Context | None, causal: bool
-    ):
+    def __init__(self, patch: SitePatch, variant: int, context: Context | None, causal: bool):
         self.layer, self.path, self.part = patch.layer, patch.path, patch.part
-        self.heads, self.tensors, self.context, self.causal = heads, patch, context, causal
+        self.heads, self.tensors = patch.variants[variant][0], patch.holder(variant)
+        self.context, self.causal = context, causal
 
 
 class PatchStack(nn.Module):
@@ -93,6 +111,8 @@ class PatchStack(nn.Module):
     """
 
     live: weakref.WeakSet[PatchStack] = weakref.WeakSet()
+    patches: nn.ModuleDict
+    context: Context | None
 
     def __init__(self, native: str, context: Context | None = None):
         super().__init__()
@@ -115,6 +135,10 @@ class PatchStack(nn.Module):
     def extra_repr(self) -> str:
         return f"native={self.native!r}"
 
+    def site_patches(self) -> list[SitePatch]:
+        """The patches of this site in order."""
+        return list(self.patches.values())  # type: ignore[arg-type]
+
     def forward(
         self,
         module: nn.Module,
@@ -125,20 +149,22 @@ class PatchStack(nn.Module):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Run one attention call of `module`; same contract as a transformers attention function."""
-        active = [patch for patch in self.patches.values() if patch.entry.enabled]  # type: ignore[union-attr]
+        active = [patch for patch in self.site_patches() if patch.entry.enabled]
+        if isinstance(key, RaggedKV) and not any(p.frees_cache for p in active):
+            raise evicted(key)
         if not active:
             return native_attention(module, self.native, query, key, value, attention_mask, kwargs)
         program = make_program(module, query, key, value, attention_mask, kwargs)
         for patch in active:
-            for heads, config in patch.variants:  # type: ignore[union-attr]
-                config.edit(program, Call(patch, heads, self.context, program.mask.causal))  # type: ignore[arg-type]
+            for variant, (_, config) in enumerate(patch.variants):
+                config.edit(program, Call(patch, variant, self.context, program.mask.causal))
         if len(active) == 1 or len({p.entry.impl for p in active}) == 1:
             impl = active[0].entry.impl
         else:  # one forced choice wins over auto; two different forced ones were refused at patch time
             impl = next(p.entry.impl for p in active if p.entry.impl != "auto")
         result = attention(program, impl)
         for patch in active:
-            patch.last = summary(program, result)  # type: ignore[union-attr]
+            patch.last = summary(program, result)
         return result.output.transpose(1, 2).contiguous(), result.weights
 
 
@@ -232,15 +258,20 @@ def eager_function(module: nn.Module) -> Any:
     )
 
 
+def evicted(key: RaggedKV) -> CacheError:
+    """Error for a cache of per-head spans at a site where nothing reads by spans (any more)."""
+    return CacheError(
+        f"this cache keeps {key} for a patch that is not active now; its evicted tokens are gone. "
+        "Start with a fresh cache, or keep the patch enabled while the cache lives"
+    )
+
+
 def native_attention(
     module: nn.Module, native: str, query: Tensor, key: Any, value: Any, mask: Any, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Exactly what the module would have computed without us."""
     if isinstance(key, RaggedKV):
-        raise CacheError(
-            f"this cache keeps {key} for a patch that is not active now; its evicted tokens are gone. "
-            "Start with a fresh cache, or keep the patch enabled while the cache lives"
-        )
+        raise evicted(key)
     if isinstance(mask, Mask):
         check_length(module, mask, key)
         facts, mask = mask, mask.native(native)
@@ -314,6 +345,12 @@ def registered() -> bool:
     return NAME in AttentionInterface._global_mapping
 
 
+def stacks_of(module: nn.Module) -> list[PatchStack]:
+    """The stack of a site; more than one where PEFT has wrapped and copied it (the original comes first)."""
+    child = module._modules.get(CHILD)
+    return [] if child is None else [m for m in child.modules() if isinstance(m, PatchStack)]
+
+
 # -- switching configs ------------------------------------------------------------------------------------------
 
 
@@ -378,17 +415,28 @@ def attach(
     return snapshot
 
 
-def detach(model: nn.Module, snapshot: list[tuple[Any, str | None]]) -> None:
-    """Undo `attach`: restore configs, drop every stack, and the registration if nobody else uses it."""
+def detach(
+    model: nn.Module, snapshot: list[tuple[Any, str | None]], keep: list[Site] | None = None
+) -> list[tuple[Any, str | None]]:
+    """Undo `attach`: restore configs, drop the stacks, and the registration if nobody else uses it.
+
+    Args:
+        keep: sites that stay patched; what they need stays.
+
+    Returns:
+        The part of `snapshot` that is still to be undone.
+    """
+    kept = {id(config) for config in configs_of(model, keep or [])}
     for config, previous in snapshot:
-        set_implementation(config, previous)
+        if id(config) not in kept:
+            set_implementation(config, previous)
     for module in model.modules():
-        if CHILD in module._modules:
-            for stack in module._modules[CHILD].modules():  # PEFT may have wrapped and copied it
-                if isinstance(stack, PatchStack):
-                    PatchStack.live.discard(stack)
+        if CHILD in module._modules and id(getattr(module, "config", None)) not in kept:
+            for stack in stacks_of(module):
+                PatchStack.live.discard(stack)
             del module._modules[CHILD]
     unregister_if_unused()
+    return [(config, previous) for config, previous in snapshot if id(config) in kept]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Coordinates are *columns*: index of a token in the padded sequence, counted over
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,15 +49,14 @@ def _facts_of(rule: Callable | None) -> tuple[bool, int | None, bool]:
         elif name == "bidirectional_mask_function":
             pass
         elif name.startswith("sliding_window_overlay."):
-            free = part.__code__.co_freevars
-            size = part.__closure__[free.index("sliding_window")].cell_contents
+            size = inspect.getclosurevars(part).nonlocals["sliding_window"]
             window = int(size) if window is None else min(window, int(size))
         else:
             opaque = True
     return causal, window, opaque
 
 
-@dataclass
+@dataclass(eq=False)  # == on a guest compares elements, as on the tensor it stands for
 class Mask:
     """Visibility of keys for queries, as facts.
 
@@ -154,6 +154,7 @@ class Mask:
         """True if padding, where present, is a run at the left end of each row: rows are then plain shorter rows."""
         if not self.has_padding:
             return True
+        assert self.padding is not None
         seen = self.padding[:, : self.kv_offset + self.kv_len]
         columns = torch.arange(seen.shape[1], device=seen.device)
         return bool((seen == (columns >= self.start[: seen.shape[0], None])).all())
@@ -197,6 +198,7 @@ class Mask:
             allowed = allowed & (k > q - self.window)
         safe = k.clamp(min=0)
         if self.has_padding:
+            assert self.padding is not None
             real = self.padding.expand(self.batch, -1)
             allowed = (
                 allowed & torch.gather(real, 1, safe.expand(self.batch, 1, 1, -1)[:, 0, 0])[:, None, None]
@@ -329,5 +331,8 @@ def _operator(name: str) -> Callable:
     return method
 
 
-for _name in "add radd sub rsub mul rmul and rand or ror invert lt le gt ge neg truediv".split():
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow and rand or ror xor rxor invert lt le gt ge eq ne neg abs"
+)
+for _name in _OPERATORS.split():
     setattr(Mask, f"__{_name}__", _operator(f"__{_name}__"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import __version__, registry
-from .dispatch import CHILD, PatchStack, SitePatch
+from .dispatch import SitePatch, stacks_of
 from .errors import AdapterError, ModelMismatchError
 from .sites import base_model
 
@@ -27,18 +27,19 @@ _KEYS = {
     "format", "package_version", "method", "config", "part", "layers", "heads", "impl", "cache", "base_model", "sites",
     "tensors",
 }  # fmt: skip
+_KINDS: dict[str, Any] = {
+    "method": str, "config": dict, "part": (str, type(None)), "impl": str, "cache": str, "base_model": dict, "sites": list,
+    "tensors": (dict, type(None)),
+}  # fmt: skip
 
 
 def _site_patches(model: nn.Module, key: str) -> dict[str, SitePatch]:
     """path -> site patch of one entry; the trained copy where PEFT made one."""
     found: dict[str, SitePatch] = {}
     for path, module in base_model(model).named_modules():
-        stack = module._modules.get(CHILD) if not isinstance(module, PatchStack) else None
-        if stack is None:
-            continue
-        for inner in stack.modules():
-            if isinstance(inner, PatchStack) and key in inner.patches:
-                found[path] = inner.patches[key]  # type: ignore[assignment]
+        for stack in stacks_of(module):
+            if key in stack.patches:
+                found[path] = stack.patches[key]  # type: ignore[assignment]
     return found
 
 
@@ -136,6 +137,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{file} lacks {', '.join(missing)}; it is truncated or was not written by handle.save()"
         )
+    for key, kinds in _KINDS.items():
+        if not isinstance(data[key], kinds):
+            raise AdapterError(f"{file}: {key!r} is {data[key]!r}; the file was edited or is damaged")
+    if not {"id", "model_type"} <= set(data["base_model"]) or not all(
+        isinstance(s, dict) and {"path", "heads", "kv_heads"} <= set(s) for s in data["sites"]
+    ):
+        raise AdapterError(f"{file}: 'base_model' or 'sites' is incomplete; the file was edited or is damaged")
     return data
 
 
@@ -168,7 +176,7 @@ def read_tensors(folder: Path, declared: dict[str, list[int]] | None) -> dict[st
 
 def load(model: nn.Module, directory: str | Path, impl: str | None = None) -> PatchHandle:
     """Put a saved adapter on `model` (see `hf_attn_patch.load`)."""
-    from .api import patch
+    from .api import patch, plan
 
     folder = find(directory)
     data = read_config(folder)
@@ -188,15 +196,17 @@ def load(model: nn.Module, directory: str | Path, impl: str | None = None) -> Pa
             f"the adapter in {folder} patches {len(data['sites'])} sites, {len(missing)} of which this model lacks, "
             f"first {missing[0]}"
         )
-    handle = patch(
-        model,
-        config,
-        part=data["part"],
-        layers=data["layers"],
-        heads=data["heads"],
-        impl=impl or data["impl"],
-        cache=data["cache"],
-    )
+    settings = {key: data[key] for key in ("part", "layers", "heads", "cache")} | {"impl": impl or data["impl"]}
+    saved = {s["path"]: (s["heads"], s["kv_heads"]) for s in data["sites"]}
+    here = {s.path: (s.num_heads, s.num_kv_heads) for s in plan(model, config, **settings).sites}
+    if here != saved:
+        path = min(p for p in saved.keys() | here.keys() if saved.get(p) != here.get(p))
+        describe = lambda heads: "no site" if heads is None else f"{heads[0]} heads / {heads[1]} KV heads"
+        raise ModelMismatchError(
+            f"the adapter in {folder} was made for {len(saved)} sites, on this model it would patch {len(here)}: {path} "
+            f"was {describe(saved.get(path))} and is {describe(here.get(path))} here"
+        )
+    handle = patch(model, config, **settings)
     try:
         _load_tensors(handle, tensors, folder)
     except BaseException:

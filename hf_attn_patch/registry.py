@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -228,6 +229,13 @@ class Entry:
     arxiv: str = ""
     parts: tuple[str, ...] = ()
 
+    @property
+    def address(self) -> str:
+        """"module:Class" of the target, imported or not."""
+        if isinstance(self.target, str):
+            return self.target.split("[")[0].strip()  # an entry point may name extras
+        return f"{self.target.__module__}:{self.target.__qualname__}"
+
     def load(self) -> type[Patch]:
         """The class, imported on first use.
 
@@ -235,18 +243,20 @@ class Entry:
             RegistrationError: the target does not lead to a `Patch` dataclass.
         """
         if isinstance(self.target, str):
-            module, _, attribute = self.target.partition(":")
+            module, _, attribute = self.address.partition(":")
             try:
                 found = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
+            except Exception as error:  # somebody else's module may fail in any way
                 raise RegistrationError(
-                    f"patch {self.name!r} from {self.origin} points to {self.target!r}, which cannot be loaded: {error}"
+                    f"patch {self.name!r} from {self.origin} points to {self.target!r}, which cannot be loaded: "
+                    f"{type(error).__name__}: {error}"
                 ) from error
             self.target = found
         cls = self.target
-        if not (isinstance(cls, type) and issubclass(cls, Patch) and dataclasses.is_dataclass(cls)):
+        if not (isinstance(cls, type) and issubclass(cls, Patch) and "__dataclass_fields__" in vars(cls)):
             raise RegistrationError(
-                f"patch {self.name!r} from {self.origin} is {cls!r}, not a Patch dataclass"
+                f"patch {self.name!r} from {self.origin} is {cls!r}, not a Patch dataclass (@dataclass is inherited "
+                "by no subclass: put it on this class, below @register_patch)"
             )
         if cls.name != self.name:
             cls.name = self.name
@@ -269,6 +279,9 @@ def register_patch(name: str) -> Callable[[P], P]:
         RegistrationError: `name` is taken by something else; both origins are named.
     """
 
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise RegistrationError(f"patch name {name!r} must be an identifier (letters, digits, underscores)")
+
     def decorate(cls: P) -> P:
         cls.name = name
         doc = (inspect.getdoc(cls) or "").strip().splitlines()
@@ -279,8 +292,7 @@ def register_patch(name: str) -> Callable[[P], P]:
             else cls.__module__
         )
         add(
-            Entry(name, cls, origin, cls.summary, cls.paper, cls.arxiv, tuple(cls.parts)),
-            replaces=f"{cls.__module__}:{cls.__qualname__}",
+            Entry(name, cls, origin, cls.summary, cls.paper, cls.arxiv, tuple(cls.parts))
         )
         return cls
 
@@ -295,35 +307,30 @@ def _has_source(cls: type) -> bool:
         return False
 
 
-def add(entry: Entry, replaces: str | None = None) -> None:
+def add(entry: Entry) -> None:
     """Add an entry; the class a lazy string pointed to may take its place."""
     known = _entries.get(entry.name)
-    if known is not None and known.target not in (entry.target, replaces):
-        same = (
-            isinstance(known.target, type)
-            and f"{known.target.__module__}:{known.target.__qualname__}" == replaces
+    if known is not None and known.address != entry.address:
+        raise RegistrationError(
+            f"two patches are called {entry.name!r}: one from {known.origin}, one from {entry.origin}. "
+            "Rename one of them, or uninstall its package"
         )
-        if not same:
-            raise RegistrationError(
-                f"two patches are called {entry.name!r}: one from {known.origin}, one from {entry.origin}. "
-                "Rename one of them, or uninstall its package"
-            )
-    _entries[entry.name] = entry
+    if known is None or not isinstance(entry.target, str):  # a class knows more than the text that points to it
+        _entries[entry.name] = entry
 
 
 def _scan() -> None:
     global _scanned
     if _scanned:
         return
-    _scanned = True
     from .patches import BUILTIN
 
     for name, (target, summary, paper, arxiv, parts) in BUILTIN.items():
-        if name not in _entries:
-            _entries[name] = Entry(name, target, "hf_attn_patch", summary, paper, arxiv, parts)
+        add(Entry(name, target, "hf_attn_patch", summary, paper, arxiv, parts))
     for point in metadata.entry_points(group=GROUP):
         distribution = point.dist.name if point.dist else "unknown package"
         add(Entry(point.name, point.value, f"{distribution} (entry point {point.value})"))
+    _scanned = True  # only now: a collision is reported every time, not once
 
 
 def available() -> dict[str, Entry]:
@@ -352,6 +359,8 @@ def build(name_or_config: str | Patch, options: dict[str, Any]) -> Patch:
         return get(name_or_config).from_dict(options)
     if isinstance(name_or_config, Patch):
         cls = type(name_or_config)
+        if not cls.name:
+            raise ConfigError(f"{cls.__qualname__} has no name; decorate it with @register_patch(\"its_name\")")
         current = {f.name: getattr(name_or_config, f.name) for f in option_fields(cls)}
         return cls.from_dict({**current, **options})
     raise ConfigError(

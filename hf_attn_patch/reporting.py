@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .dispatch import CHILD, PatchStack
+from .dispatch import SitePatch, stacks_of
 
 if TYPE_CHECKING:
     from .api import PatchHandle
@@ -106,8 +106,9 @@ def build_report(handle: PatchHandle, note: str) -> PatchReport:
     rows: list[SiteReport] = []
     known: dict[Any, tuple[float | None, float | None]] = {}
     for site in handle.sites:
-        stack = next(s for s in site.module._modules[CHILD].modules() if isinstance(s, PatchStack))
-        last = stack.patches[entry.key].last  # type: ignore[union-attr]
+        patch = stacks_of(site.module)[0].patches[entry.key]
+        assert isinstance(patch, SitePatch)
+        last = patch.last
         density: tuple[float | None, float | None] = (None, None)
         if last and last["rules"] and last["q_len"] > 1:
             key = (tuple(last["rules"]), last["q_len"], last["kv_len"], last["q_offset"], last["causal"])

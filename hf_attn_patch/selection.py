@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ Selector = int | slice | str | Iterable[Any] | Mapping[Any, dict[str, Any]] | No
 
 def _text(term: str, size: int, what: str) -> list[int]:
     term = term.strip()
-    if term in ("", "all", "*"):
+    if term in ("all", "*"):
         return list(range(size))
     if match := re.fullmatch(r"(-?\d+)", term):
         return [_index(int(match[1]), size, what)]
@@ -22,9 +23,8 @@ def _text(term: str, size: int, what: str) -> list[int]:
         if first > last:
             raise SelectionError(f"{what} range {term!r} runs backwards")
         return list(range(_index(first, size, what), _index(last, size, what) + 1))
-    if match := re.fullmatch(r"(-?\d*):(-?\d*)(?::(-?\d+))?", term):  # Python slice, end excluded
-        parts = [int(p) if p else None for p in (match[1], match[2], match[3] or "")]
-        return list(range(size))[slice(*parts)]
+    if match := re.fullmatch(r"(-?\d+)?:(-?\d+)?(?::(-?\d+))?", term):  # Python slice, end excluded
+        return _slice(slice(*(int(p) if p else None for p in match.groups())), size, what)
     raise SelectionError(
         f"cannot read {what} selector {term!r}; use 3, -1, 0-3 (inclusive), 2:8 or -2: (Python slices), joined by commas"
     )
@@ -35,6 +35,18 @@ def _index(value: int, size: int, what: str) -> int:
     if not 0 <= index < size:
         raise SelectionError(f"{what} {value} does not exist: there are {size}, numbered 0 to {size - 1}")
     return index
+
+
+def _slice(value: slice, size: int, what: str) -> list[int]:
+    if value.step == 0:
+        raise SelectionError(f"{what} slice {plain(value)!r} has a step of 0")
+    return list(range(size))[value]
+
+
+def settled(selector: Selector) -> Selector:
+    """`selector` with one-time iterables turned into lists, because it is read more than once."""
+    once = isinstance(selector, Iterable) and not isinstance(selector, (str, Mapping))
+    return list(selector) if once else selector  # type: ignore[arg-type]
 
 
 def indices(selector: Selector, size: int, what: str) -> list[int]:
@@ -50,10 +62,10 @@ def indices(selector: Selector, size: int, what: str) -> list[int]:
         return list(range(size))
     if isinstance(selector, bool):
         raise SelectionError(f"{what} selector is {selector!r}; use indices, slices or text")
-    if isinstance(selector, int):
-        return [_index(selector, size, what)]
+    if hasattr(selector, "__index__") and getattr(selector, "ndim", 0) == 0:  # numpy and torch integers too
+        return [_index(operator.index(selector), size, what)]  # type: ignore[arg-type]
     if isinstance(selector, slice):
-        return list(range(size))[selector]
+        return _slice(selector, size, what)
     if isinstance(selector, str):
         return sorted({i for term in selector.split(",") for i in _text(term, size, what)})
     if isinstance(selector, Mapping):
@@ -83,9 +95,17 @@ def plain(selector: Selector) -> Any:
     """`selector` as JSON data that `indices` reads back."""
     if selector is None or isinstance(selector, (int, str)):
         return selector
+    if hasattr(selector, "__index__") and getattr(selector, "ndim", 0) == 0:
+        return operator.index(selector)  # type: ignore[arg-type]
     if isinstance(selector, slice):
         text = f"{'' if selector.start is None else selector.start}:{'' if selector.stop is None else selector.stop}"
         return text + (f":{selector.step}" if selector.step is not None else "")
     if isinstance(selector, Mapping):
-        return {str(plain(k)): dict(v) for k, v in selector.items()}
+        return {_key(k): dict(v) for k, v in selector.items()}
     return [plain(item) for item in selector]
+
+
+def _key(pattern: Any) -> str:
+    """A mapping's pattern as text, because JSON has no other keys: (0, 2) -> "0,2"."""
+    value = plain(pattern)
+    return ",".join(map(_key, value)) if isinstance(value, list) else str("all" if value is None else value)

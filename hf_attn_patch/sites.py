@@ -89,7 +89,9 @@ def why_not_dispatchable(module: nn.Module) -> str | None:
     (sparse indices that only a certain kernel reads, for example).
     """
     code = inspect.unwrap(type(module).forward).__code__
-    constants = {c for const in code.co_consts for c in (const if isinstance(const, tuple) else (const,)) if c}
+    constants = {
+        c for const in code.co_consts for c in (const if isinstance(const, tuple) else (const,)) if c
+    }
     if "_attn_implementation" in code.co_names and "sdpa" in constants:
         return (
             f"{type(module).__name__} computes something else when its attention implementation is not called 'sdpa' or "
@@ -98,7 +100,7 @@ def why_not_dispatchable(module: nn.Module) -> str | None:
     return None
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> Any:
     """The transformers model inside `model` (PEFT and other wrappers are looked through).
 
     Raises:

@@ -27,6 +27,6 @@ def nothing_left_behind():
     from hf_attn_patch import dispatch
 
     yield
-    gc.collect()
     if dispatch.registered():
+        gc.collect()  # copies of patched models that only the garbage collector still knows
         dispatch.unregister_if_unused()

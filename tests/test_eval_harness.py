@@ -51,7 +51,9 @@ def test_dense_and_patched_on_the_same_items():
     assert len(dense.scores["perplexity"]) == len(patched.scores["perplexity"]) == result.items == 8
     assert dense.difference == {} and dense.sites == []
     difference = patched.difference["perplexity"]
-    assert difference.value == pytest.approx(patched.aggregates["perplexity"] - dense.aggregates["perplexity"])
+    assert difference.value == pytest.approx(
+        patched.aggregates["perplexity"] - dense.aggregates["perplexity"]
+    )
     assert difference.low <= difference.value <= difference.high and difference.value != 0
     assert [s["layer"] for s in patched.sites] == [0, 1] and patched.sites[0]["executor"]
 
@@ -161,7 +163,10 @@ def test_limit_takes_the_first_items():
 def test_passkey_goes_through_the_patched_cache():
     model, tokenizer = language_model()
     result = evaluation.run(
-        "passkey:lengths=[300],depths=[0.2,0.9],max_new_tokens=3", model, tokenizer, patches=["streaming:window=16"]
+        "passkey:lengths=[300],depths=[0.2,0.9],max_new_tokens=3",
+        model,
+        tokenizer,
+        patches=["streaming:window=16"],
     )
     assert list(result["dense"].by_group["accuracy"]) == ["300"]
     assert len(result.variants[1].answers) == 2 and result.variants[1].answers != result["dense"].answers
@@ -170,7 +175,10 @@ def test_passkey_goes_through_the_patched_cache():
 def test_vision_tasks_on_a_patched_vit():
     model, pixels = vision_model()
     result = evaluation.run(
-        "agreement:count=4", model, pixels, patches={"all": "neighborhood:window=4", "one": "neighborhood:window=1"}
+        "agreement:count=4",
+        model,
+        pixels,
+        patches={"all": "neighborhood:window=4", "one": "neighborhood:window=1"},
     )
     assert result["dense"].aggregates["cls_cosine"] == pytest.approx(1)
     assert result["all"].aggregates["patch_cosine"] == pytest.approx(1, abs=1e-4)
@@ -180,12 +188,21 @@ def test_vision_tasks_on_a_patched_vit():
 def test_the_record_says_everything_and_is_json(tmp_path):
     model, tokenizer = language_model()
     result = evaluation.run(
-        TEXT, model, tokenizer, patches=["streaming:window=8"], seed=3, out=tmp_path / "deep" / "run", command="a command"
+        TEXT,
+        model,
+        tokenizer,
+        patches=["streaming:window=8"],
+        seed=3,
+        out=tmp_path / "deep" / "run",
+        command="a command",
     )
     record = json.loads((tmp_path / "deep" / "run" / "result.json").read_text())
     assert record == json.loads(result.to_json())
     assert record["schema_version"] == 1
-    assert record["task"] == {"name": "perplexity", "config": {"tokens": 160, "context": 160, "stride": None, "chunk": 20, "text": None}}
+    assert record["task"] == {
+        "name": "perplexity",
+        "config": {"tokens": 160, "context": 160, "stride": None, "chunk": 20, "text": None},
+    }
     assert record["seed"] == 3 and record["command"] == "a command" and record["compare"] == "dense"
     assert record["model"]["class"] == "LlamaForCausalLM" and record["model"]["dtype"] == "float32"
     environment = record["environment"]
@@ -212,7 +229,11 @@ def test_printing_shows_numbers_and_intervals():
     model, tokenizer = language_model()
     result = evaluation.run(TEXT, model, tokenizer, patches=["streaming:window=8"])
     text = str(result)
-    assert f"{result['dense'].aggregates['perplexity']:.2f}" in text and "streaming(window=8)" in text and "[" in text
+    assert (
+        f"{result['dense'].aggregates['perplexity']:.2f}" in text
+        and "streaming(window=8)" in text
+        and "[" in text
+    )
 
 
 def test_a_task_with_too_few_scores_is_named():

@@ -89,7 +89,10 @@ def test_scope_goes_with_the_options():
         ("streaming:window=4]", "do not close"),
         ("streaming:window=abc", "window='abc' is not an int"),
         ("streaming:window=1.5", "window='1.5' is not an int"),
-        ("streaming:sink=4", r"no option 'sink'. Did you mean 'sinks'\? Options: sinks, window; where and how: part"),
+        (
+            "streaming:sink=4",
+            r"no option 'sink'. Did you mean 'sinks'\? Options: sinks, window; where and how: part",
+        ),
     ],
 )
 def test_bad_text_names_the_option_and_the_way_out(text, words):

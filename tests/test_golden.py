@@ -79,7 +79,11 @@ def test_streaming_cache_keeps_and_attends_what_the_original_cache_does(case, im
         if after:  # what stays after the step's own eviction: the oldest token of the window goes
             visible = columns.tolist()
             total = config["start_size"] + config["recent_size"]
-            stays = visible if len(visible) <= total else visible[: config["start_size"]] + visible[-config["recent_size"] :]
+            stays = (
+                visible
+                if len(visible) <= total
+                else visible[: config["start_size"]] + visible[-config["recent_size"] :]
+            )
             assert stays == kept
         else:
             assert columns.tolist() == kept
@@ -103,7 +107,9 @@ def test_streaming_cache_keeps_and_attends_what_the_original_cache_does(case, im
 def test_moa_span_sizes_are_those_of_the_original_runtime():
     tensors, config = read("moa__runtime_span")
     for i, (seq, new) in enumerate(zip(tensors["in.seq_len"].tolist(), tensors["in.max_new_token"].tolist())):
-        for layer, (alphas, betas) in enumerate(zip(tensors["in.alphas"].tolist(), tensors["in.betas"].tolist())):
+        for layer, (alphas, betas) in enumerate(
+            zip(tensors["in.alphas"].tolist(), tensors["in.betas"].tolist())
+        ):
             sizes = [
                 span_size(a, b, seq + new, config["split_size"], config["minimum_cache_size"])
                 for a, b in zip(alphas, betas)
@@ -237,7 +243,7 @@ def test_var_moves_the_mass_the_original_moves(case, move, impl):
     program = Program(query, eye, eye, mask, scale=1.0)
     hidden = torch.ones(B, L, 64)
     hidden[..., 5] = torch.where(sinks[:, S - L :], 1000.0, 1.0)
-    memory = {("var", "site"): sinks[:, : S - L]}
+    memory = {"var sinks site": sinks[:, : S - L]}
     context = SimpleNamespace(
         layer_input=lambda path: hidden, memory=memory, image_keys=image, override={}, prompt_length=S
     )

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,37 +69,54 @@ def language(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
     steps.step(f"{LANGUAGE}: load", 0, 1)
     model, tokenizer = testbed.load(LANGUAGE)
     steps.step(f"{LANGUAGE}: load", 1, 1)
-    proof = UndoProof(model, {"input_ids": measurements.prose_ids(tokenizer, 512)})
+    # before the proof: making a plan looks at attention probabilities, for which transformers installs hooks to stay
     patches = half.choices(model, tokenizer)
+    ids = measurements.prose_ids(tokenizer, 1024)
+    proof = UndoProof(model, {"input_ids": ids[:, :512]})
+    full, size = size, size.fitting_tokens(1024 / measurements.prefill(model, ids)[0], len(patches) + 1)
     part = half.measure(model, tokenizer, patches, size, seed, steps.under(LANGUAGE))
-    return _model(LANGUAGE, "SmolLM2-135M-Instruct", [part], proof.check(patches["streaming, no sinks"]))
+    return _model(
+        LANGUAGE, "SmolLM2-135M-Instruct", [part], proof.check(patches["streaming, no sinks"]), size, full
+    )
 
 
 def vision(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
     """The vision half."""
     from .. import testbed
+    from ..eval import measurements
     from ..eval.demo import vision as half
     from ..eval.demo.undo import UndoProof
 
     steps.step(f"{VISION}: load", 0, 1)
     model, preprocess = testbed.load(VISION)
     steps.step(f"{VISION}: load", 1, 1)
-    proof = UndoProof(model, {"pixel_values": half.pixels_of(model, preprocess, 4, seed)})
     patches = half.choices()
+    pixels = half.pixels_of(model, preprocess, 8, seed)
+    proof = UndoProof(model, {"pixel_values": pixels[:4]})
+    full, size = size, size.fitting_images(8 / measurements.time_images(model, pixels, 8), len(patches) + 1)
     parts = half.measure(model, preprocess, patches, size, seed, steps.under(VISION))
-    return _model(VISION, "DINOv2-S/14", parts, proof.check(patches["neighborhood 7 × 7"]))
+    return _model(VISION, "DINOv2-S/14", parts, proof.check(patches["neighborhood 7 × 7"]), size, full)
 
 
-def _model(name: str, title: str, parts: list[dict[str, Any]], undo: dict[str, Any]) -> dict[str, Any]:
+def _model(
+    name: str, title: str, parts: list[dict[str, Any]], undo: dict[str, Any], size: Any, full: Any
+) -> dict[str, Any]:
     from .. import testbed
 
     about = parts[0]["model"]
+    if size != full:
+        wanted, used = asdict(full), asdict(size)
+        less = ", ".join(f"{k} {used[k]} instead of {wanted[k]}" for k in used if used[k] != wanted[k])
+        parts[0]["notes"].append(
+            f"This machine is slow or busy, so less was measured to stay in time: {less}."
+        )
     return {
         "key": name,
         "title": title,
         "summary": testbed.describe(name)["summary"],
         **about,
         "dtype_reason": CPU_DTYPE if about["device"] == "cpu" else "as loaded.",
+        "size": asdict(size),
         "parts": parts,
         "undo": undo,
     }
@@ -109,6 +127,8 @@ def print_model(console: Console, model: Mapping[str, Any]) -> None:
     console.print(f"\n[bold]{model['title']}[/]  [dim]{escape(model['summary'])}, {model['dtype']}[/dim]")
     for part in model["parts"]:
         console.print(part_table(part, narrow=console.width < 112))
+        for note in part["notes"]:
+            console.print(f"[dim]{escape(note)}[/dim]")
     undo = model["undo"]
     mark = "[green]undone[/]" if undo["undone"] else "[bold red]NOT undone[/]"
     console.print(

@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..program import Program
@@ -54,13 +55,20 @@ def executor(name: str) -> Any:
     return importlib.import_module(f".{_MODULES[name]}", __name__)
 
 
-def why_not(name: str, program: Program) -> str | None:
-    """Reason executor `name` cannot run `program`, or None if it can."""
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Reason executor `name` can run nothing at all on `device`, or None; known before any forward."""
     if name == "triton":
         if importlib.util.find_spec(f"{__name__}.triton") is None:
             return "the Triton kernels are not part of this version"
-        if program.query.device.type not in ("cuda", "xpu", "hip"):
-            return f"Triton kernels need a GPU, the tensors are on {program.query.device.type}"
+        if device.type not in ("cuda", "xpu", "hip"):
+            return f"Triton kernels need a GPU, the tensors are on {device.type}"
+    return None
+
+
+def why_not(name: str, program: Program) -> str | None:
+    """Reason executor `name` cannot run `program`, or None if it can."""
+    if (reason := unavailable(name, program.query.device)) is not None:
+        return reason
     if program.need_weights and name != "reference":
         return "attention probabilities were asked for, only the reference executor keeps them"
     return executor(name).why_not(program)
@@ -77,7 +85,7 @@ def attention(program: Program, impl: str = "auto") -> Result:
         UnsupportedProgram: the forced executor (or, with auto, every executor) refuses, with the reason.
     """
     check_impl(impl)
-    refusals = []
+    refusals: list[str] = []
     for name in _ORDER if impl == "auto" else (impl,):
         reason = why_not(name, program)
         if reason is None:

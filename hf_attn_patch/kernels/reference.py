@@ -160,6 +160,7 @@ def finish(program: Program, output: Tensor, allowed_mean: Tensor | None, own_va
     """Blends and head gate on the output [B, H, L, Dv] (the epilogue shared by executors)."""
     for blend in program.blends:
         target = own_value if blend.target == "value" else allowed_mean
+        assert target is not None, f"the executor did not compute {blend.target}"
         mixed = (1 - blend.amount) * output + blend.amount * target
         selector = head_selector(blend.heads, program.num_heads, output.device)
         output = mixed if selector is None else torch.where(selector, mixed, output)

@@ -11,6 +11,8 @@ from . import svg
 
 COLORS = ("--c0", "--c1", "--c2", "--c3", "--c4", "--c5")  # dense first, then one per patch
 
+ARROWS = {"lower": " ↓", "higher": " ↑"}
+
 
 class ReportError(ValueError):
     """The page cannot be made; the message says what is missing."""
@@ -127,7 +129,12 @@ def _bars(part: Mapping[str, Any], column: Mapping[str, Any], colors: Mapping[st
             text = format_value(row["values"][key], column)
             bars.append(svg.Bar(row["label"], row["values"][key], text, colors[row["label"]], row["call"]))
     better = {"lower": "lower is better", "higher": "higher is better"}.get(column["better"], "")
-    return {"title": column["label"], "better": better, "svg": svg.bars(bars, column["label"])}
+    return {
+        "title": column["label"],
+        "better": better,
+        "arrow": ARROWS.get(column["better"], ""),
+        "svg": svg.bars(bars, column["label"]),
+    }
 
 
 def _spans(part: Mapping[str, Any], colors: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -210,8 +217,8 @@ def _neighbourhoods(part: Mapping[str, Any], colors: Mapping[str, str]) -> list[
         figures.append(
             {
                 "title": label,
-                "caption": f"Patches (tinted) that one query patch (ringed) reads, of {grid[0]} × {grid[1]}; {prefix} always "
-                "read. Windows shift inward at the border and keep their size.",
+                "caption": "Patches (tinted) that one query patch (ringed) reads, of "
+                f"{grid[0]} × {grid[1]}; {prefix} always read. Windows shift inward at the border and keep their size.",
                 "svgs": pictures,
                 "kind": "row",
             }

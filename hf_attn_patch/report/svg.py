@@ -43,7 +43,7 @@ def bars(items: Sequence[Bar], title: str, width: int = 300) -> str:
         fill = f'style="fill:var({bar.color})"'
         body.append(f'<rect x="0" y="{y + 15}" width="{length:.1f}" height="12" rx="3" {fill}>{note}</rect>')
         body.append(_text(width, y + 25.5, bar.text, "t num", "end"))
-    return _svg(width, row * len(items), body, title, "bars")
+    return _svg(width, row * len(items) - 6, body, title, "bars")
 
 
 def heat_map(

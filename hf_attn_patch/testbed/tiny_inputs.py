@@ -92,9 +92,8 @@ def _ids(request: Request, length: int) -> Tensor:
     """[B, length] ordinary tokens."""
     text = text_config(request.config)
     vocab = _first(text, ("vocab_size", "text_vocab_size"), rules.VOCAB)
-    allowed = [
-        i for i in range(3, min(vocab, rules.FIRST_SPECIAL_ID)) if i not in special_ids(request.config)
-    ]
+    special = special_ids(request.config)
+    allowed = [i for i in range(3, min(vocab, rules.FIRST_SPECIAL_ID)) if i not in special]
     chosen = torch.randint(len(allowed), (request.batch, length), generator=request.random)
     return torch.tensor(allowed)[chosen]
 

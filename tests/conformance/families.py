@@ -24,12 +24,23 @@ FAMILIES = (
     "llava", "qwen2_5_vl", "gemma3", "gpt_oss",
 )  # fmt: skip
 # forward(input_ids, attention_mask) -> one output per token; decoders also take a cache
-PER_TOKEN = ("llama", "qwen3", "gemma3_text", "gpt2", "mixtral", "bert", "llava", "qwen2_5_vl", "gemma3", "gpt_oss")
+PER_TOKEN = (
+    "llama",
+    "qwen3",
+    "gemma3_text",
+    "gpt2",
+    "mixtral",
+    "bert",
+    "llava",
+    "qwen2_5_vl",
+    "gemma3",
+    "gpt_oss",
+)
 DECODERS = tuple(f for f in PER_TOKEN if f != "bert")
 LENGTH = 17
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _model(family: str, overrides: tuple = ()) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -48,21 +59,34 @@ def model_of(family: str, **overrides: Any) -> Any:
 
 
 def as_double(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    return {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+    }
 
 
-def inputs_of(family: str, batch: int = 2, length: int = LENGTH, left_pad: Any = 0, seed: int = 0) -> dict[str, Any]:
+def inputs_of(
+    family: str, batch: int = 2, length: int = LENGTH, left_pad: Any = 0, seed: int = 0
+) -> dict[str, Any]:
     """Inputs of the family in float64; text is left-padded where asked, with positions that skip the padding."""
     model = _model(family)
     inputs = as_double(tiny_inputs(model, batch=batch, length=length, left_pad=left_pad, seed=seed))
     accepts = inspect.signature(type(model).forward).parameters
     mask = inputs.get("attention_mask")
     # Qwen-VL computes its own 3-D positions from ids and mask
-    if mask is not None and "position_ids" in accepts and "image_grid_thw" not in inputs and family in PER_TOKEN:
+    if (
+        mask is not None
+        and "position_ids" in accepts
+        and "image_grid_thw" not in inputs
+        and family in PER_TOKEN
+    ):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    if "image_grid_thw" in inputs:  # 3-D positions [3, B, L]; alone, the model only finds them in its first forward
+    if (
+        "image_grid_thw" in inputs
+    ):  # 3-D positions [3, B, L]; alone, the model only finds them in its first forward
         known = inspect.signature(model.model.get_rope_index).parameters
-        inputs["position_ids"] = model.model.get_rope_index(**{k: v for k, v in inputs.items() if k in known})[0]
+        inputs["position_ids"] = model.model.get_rope_index(
+            **{k: v for k, v in inputs.items() if k in known}
+        )[0]
     return inputs
 
 
@@ -136,7 +160,9 @@ class Case:
         return f"{self.patch}-{self.number}-{self.family}"
 
 
-def _applies(family: str, patch: str, options: dict[str, Any]) -> bool:
+@functools.cache
+def _applies(family: str, patch: str, number: int) -> bool:
+    options = registry.get(patch).examples(_model(family))[number]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -149,21 +175,22 @@ def _applies(family: str, patch: str, options: dict[str, Any]) -> bool:
             return False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cases(families: tuple[str, ...] = FAMILIES) -> tuple[Case, ...]:
     """Every (family, patch, example) the registry offers and the model accepts."""
     found = []
     for patch in hap.available():
         cls = registry.get(patch)
         for family in families:
-            for number, options in enumerate(cls.examples(_model(family))):
-                if _applies(family, patch, options):
+            for number in range(len(cls.examples(_model(family)))):
+                if _applies(family, patch, number):
                     found.append(Case(family, patch, number))
     return tuple(found)
 
 
 def snapshot(model: Any) -> dict[str, Any]:
     """Everything an undo must bring back (weights aside)."""
+
     def configs(config: Any) -> list[Any]:
         found = [config]
         for key in getattr(config, "sub_configs", {}) or {}:

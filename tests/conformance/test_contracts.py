@@ -146,7 +146,10 @@ def test_cache_gives_what_one_forward_gives(case, parts):
     inputs = inputs_of(case.family, left_pad=pads)
     first = max(6, media_end(inputs, model))
     length = inputs["input_ids"].shape[1]
-    cuts = {"decode": [first, *range(first + 1, length + 1)], "chunks": [first, first + 1, first + 4, length]}[parts]
+    cuts = {
+        "decode": [first, *range(first + 1, length + 1)],
+        "chunks": [first, first + 1, first + 4, length],
+    }[parts]
     cuts = sorted({min(c, length) for c in cuts})
     with patch(case, model):
         with hap.prompt(model, length=first):  # what was the prompt, said to the forward that cannot know
@@ -176,7 +179,9 @@ def test_odd_lengths_with_cache(case, length):
         a = forward(model, columns_of(inputs, 0, cut), past_key_values=cache, use_cache=True)
         parts = [a]
         if cut < length:
-            parts.append(forward(model, columns_of(inputs, cut, length), past_key_values=cache, use_cache=True))
+            parts.append(
+                forward(model, columns_of(inputs, cut, length), past_key_values=cache, use_cache=True)
+            )
         close(torch.cat(parts, 1), whole)
 
 
@@ -192,7 +197,8 @@ def test_grouped_query_attention(case, kv_heads):
         close(forward(model, inputs)[1], truth[1])
         cache = DynamicCache(config=model.config)
         parts = [
-            forward(model, columns_of(inputs, i, i + 1), past_key_values=cache, use_cache=True) for i in range(LENGTH)
+            forward(model, columns_of(inputs, i, i + 1), past_key_values=cache, use_cache=True)
+            for i in range(LENGTH)
         ]
         close(torch.cat(parts, 1)[1], truth[1])
 
@@ -409,7 +415,9 @@ def test_head_subset_leaves_other_heads_dense(case, monkeypatch):
     inputs = inputs_of(case.family)
     outputs = []
     original = dispatch.attention
-    monkeypatch.setattr(dispatch, "attention", lambda p, impl: (outputs.append((p, r := original(p, impl))), r)[1])
+    monkeypatch.setattr(
+        dispatch, "attention", lambda p, impl: (outputs.append((p, r := original(p, impl))), r)[1]
+    )
     with patch(case, model, heads=[1], layers=0):
         forward(model, inputs)
     program, result = outputs[0]

@@ -163,11 +163,15 @@ def test_bits_pack_and_unpack():
 )
 def test_128k_tokens_build_fast_and_small(rule):
     L = 131072
-    with LargestTensor() as watch, one_thread():
-        begin = time.process_time()  # CPU seconds: neighbours on the machine do not count
+    with LargestTensor() as watch:
         layout = BlockLayout.from_rule(rule, L, L, causal=True)
-        elapsed = time.process_time() - begin
-    assert elapsed < 1.0 * max(1, rule.heads / 16), f"{elapsed:.2f} s"
+    seconds = []
+    with one_thread():
+        for _ in range(3):  # CPU seconds of the best try: neighbours on the machine do not count
+            begin = time.thread_time()
+            BlockLayout.from_rule(rule, L, L, causal=True)
+            seconds.append(time.thread_time() - begin)
+    assert min(seconds) < 1.0, seconds
     assert watch.numel < 200 * L
     assert layout.bits.shape[0] < 8 * rule.heads
 

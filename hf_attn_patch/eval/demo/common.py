@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ... import api
@@ -35,6 +35,46 @@ class Size:
     @classmethod
     def quick(cls) -> Size:
         return cls(1024, (600, 1200), (0.5,), 2048, 1, 8, 60, 30, 8, 0)
+
+    def fitting_tokens(self, per_second: float, variants: int, seconds: float = 240.0) -> Size:
+        """The largest plan for a language model of this dense prefill speed that takes about `seconds` or less."""
+        smaller = [self]
+        if len(self.passkey_depths) > 2:
+            smaller.append(replace(self, passkey_depths=(self.passkey_depths[0], self.passkey_depths[-1])))
+        smaller.append(replace(smaller[-1], rounds=1))
+        if len(self.passkey_depths) > 1:
+            smaller.append(
+                replace(smaller[-1], passkey_depths=(self.passkey_depths[len(self.passkey_depths) // 2],))
+            )
+        return next((s for s in smaller if variants * s.tokens / per_second <= seconds), smaller[-1])
+
+    def fitting_images(self, per_second: float, variants: int, seconds: float = 75.0) -> Size:
+        """The largest plan for a vision model of this dense speed (small images) that takes about `seconds` or less."""
+        smaller = [self]
+        for train, test in ((120, 60), (80, 40)):
+            if train < self.knn_train:
+                smaller.append(replace(smaller[-1], knn_train=train, knn_test=test))
+        smaller.append(replace(smaller[-1], large_images=min(2, self.large_images)))
+        smaller.append(replace(smaller[-1], large_images=0))
+        return next((s for s in smaller if variants * s.images / per_second <= seconds), smaller[-1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per variant."""
+        return (
+            self.perplexity_tokens
+            + len(self.passkey_depths) * sum(self.passkey_lengths)
+            + self.rounds * self.prefill_tokens
+        )
+
+    @property
+    def images(self) -> int:
+        """Images per variant, a large one counted as eight small ones."""
+        passes = 2 + self.rounds  # agreement and its reference, and the rounds of the clock
+        small = (
+            2 * self.agreement_images + self.knn_train + self.knn_test + (1 + self.rounds) * self.speed_images
+        )
+        return small + 8 * passes * self.large_images
 
 
 def column(key: str, label: str, unit: str, better: str, digits: int, what: str) -> dict[str, Any]:

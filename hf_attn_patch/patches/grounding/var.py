@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...context import image_token_ids
-from ...errors import ConfigError, ModelMismatchError
+from ...errors import CacheError, ConfigError, ModelMismatchError
 from ...program import MassEdit
 from ...registry import Patch, option, register_patch
 
@@ -87,7 +87,9 @@ class VisualAttentionRedistribution(Patch):
     exclusive = frozenset({"key classes"})
     causal_only = True
 
-    dims: tuple[int, ...] | str = option(help=f"sink dimensions of the hidden state, or one of {', '.join(SINK_DIMS)}")
+    dims: tuple[int, ...] | str = option(
+        help=f"sink dimensions of the hidden state, or one of {', '.join(SINK_DIMS)}"
+    )
     tau: float = option(20.0, help="a token is a sink when phi exceeds this")
     rho: float = option(0.5, help="largest share of sinks in the image mass of an image-centric head")
     min_mass: float = option(0.2, help="smallest image mass of an image-centric head")
@@ -97,9 +99,12 @@ class VisualAttentionRedistribution(Patch):
     def validate(self) -> None:
         if isinstance(self.dims, str):
             if self.dims not in SINK_DIMS:
-                raise ConfigError(f"var: dims={self.dims!r} is not known; known models: {', '.join(SINK_DIMS)}")
-            self.dims = SINK_DIMS[self.dims]
-        self.require(len(self.dims) > 0 and all(d >= 0 for d in self.dims), "dims", "at least one index >= 0")
+                raise ConfigError(
+                    f"var: dims={self.dims!r} is not known; known models: {', '.join(SINK_DIMS)}"
+                )
+        self.require(
+            len(self._dims) > 0 and all(d >= 0 for d in self._dims), "dims", "at least one index >= 0"
+        )
         self.require(self.tau > 0, "tau", "> 0")
         self.require(0 <= self.rho <= 1, "rho", "0..1")
         self.require(0 <= self.min_mass <= 1, "min_mass", "0..1")
@@ -113,12 +118,20 @@ class VisualAttentionRedistribution(Patch):
                 "vision-language models"
             )
         width = getattr(model.config.get_text_config(), "hidden_size", None)
-        if width is not None and max(self.dims) >= width:
-            raise ModelMismatchError(f"var: sink dimension {max(self.dims)} does not exist, hidden states have {width}")
+        if width is not None and max(self._dims) >= width:
+            raise ModelMismatchError(
+                f"var: sink dimension {max(self._dims)} does not exist, hidden states have {width}"
+            )
         layers = max(s.layer for s in sites) + 1
         if self.first_layer >= layers:
-            return [f"first_layer={self.first_layer}, but the model has {layers} layers: nothing will be edited"]
+            return [
+                f"first_layer={self.first_layer}, but the model has {layers} layers: nothing will be edited"
+            ]
         return []
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
+        return SINK_DIMS[self.dims] if isinstance(self.dims, str) else self.dims
 
     def _sinks(self, call: Call, columns: Tensor) -> Tensor:
         """bool [B, columns seen]: sinks of this layer, found while tokens are read and remembered per cache."""
@@ -126,16 +139,21 @@ class VisualAttentionRedistribution(Patch):
         assert context is not None
         hidden = context.layer_input(call.path)
         if columns.numel() > 1:
-            found = sink_tokens(hidden, tuple(self.dims), self.tau)
+            found = sink_tokens(hidden, self._dims, self.tau)
             if "length" in context.override:
                 found = found & (columns < context.override["length"])
         else:
             found = hidden.new_zeros(hidden.shape[:2], dtype=torch.bool)
-        key = ("var", call.path)
+        key = f"var sinks {call.path}"
         before = context.memory.get(key)
         seen = int(columns[0])
-        if before is None or seen == 0:
-            before = found.new_zeros(found.shape[0], seen)
+        if seen == 0:
+            before = found.new_zeros(found.shape[0], 0)
+        if before is None:
+            raise CacheError(
+                f"var: the cache holds {seen} tokens that were read while var was not on {call.path}, so its sink tokens "
+                "are unknown. Start with a fresh cache"
+            )
         sinks = torch.cat([before[:, :seen], found], 1)
         context.memory[key] = sinks
         return sinks
@@ -155,6 +173,8 @@ class VisualAttentionRedistribution(Patch):
             )
         end = int(columns[-1]) + 1
         image = image[:, :end].to(sinks.device)
+        if image.shape[1] < end:  # what was said about a prompt says nothing about its answer: no image tokens
+            image = torch.nn.functional.pad(image, (0, end - image.shape[1]))
         visual_sink = image & sinks
         classes = torch.zeros(image.shape, dtype=torch.int8, device=image.device)
         classes[image] = IMAGE
@@ -182,7 +202,11 @@ class VisualAttentionRedistribution(Patch):
 
     @classmethod
     def neutral(cls, model: Any) -> dict[str, Any] | None:
-        return {"dims": [0], "tau": 0.5, "move": 0.0, "first_layer": 0} if image_token_ids(model.config) else None
+        return (
+            {"dims": [0], "tau": 0.5, "move": 0.0, "first_layer": 0}
+            if image_token_ids(model.config)
+            else None
+        )
 
     @classmethod
     def examples(cls, model: Any) -> list[dict[str, Any]]:

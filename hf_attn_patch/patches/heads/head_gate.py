@@ -90,14 +90,9 @@ class HeadGate(Patch):
         return {"gate": nn.Parameter(gate) if self.trainable_gate else gate}
 
     def edit(self, program: Program, call: Call) -> None:
-        # heads= of a variant: its own value; the module's tensor holds the values of the first variant only
-        if call.heads is not None:
-            row = self._row(call.layer)
-            values = [row[h] for h in call.heads] if isinstance(row, list) else [row] * len(call.heads)
-            gate = call.tensors.gate[list(call.heads)] if self.trainable_gate else torch.tensor(values)
-            program.gate(gate.to(program.query), call.heads)
-        else:
-            program.gate(call.tensors.gate.to(program.query.dtype))
+        held: Tensor = call.tensors.gate  # type: ignore[assignment]
+        gate = held if call.heads is None else held[list(call.heads)]
+        program.gate(gate.to(program.query.dtype), call.heads)
 
     @classmethod
     def neutral(cls, model: Any) -> dict[str, Any]:
