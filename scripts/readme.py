@@ -63,14 +63,16 @@ def demo(result: dict[str, Any]) -> str:
                 lines.append(f"| {row['label']} | " + " | ".join(cell(c, row) for c in columns) + " |")
             lines.append("")
         lines += [
-            f"Undone: the largest difference of {undo['values']:,} {undo['outputs']} before patching and after removal is "
-            f"**{undo['max_abs_difference']}** (while patched {undo['while_patched']:.3g}).",
+            f"Undone: the largest difference of {undo['values']:,} {undo['outputs']} before patching and after "
+            f"removal is **{undo['max_abs_difference']}** (while patched {undo['while_patched']:.3g}).",
             "",
         ]
+    packages = env["packages"]
     lines.append(
-        f"Measured by `make demo` in {result['seconds'] / 60:.1f} minutes on {env['cpu_count']} cores ({env['cpu']}), torch "
-        f"{env['packages']['torch']}, transformers {env['packages']['transformers']}, {result['started'][:10]}. Ratios are to "
-        "dense within the run. SmolLM2's weights are de-quantised from 4 bits: compare its numbers with each other only."
+        f"Measured by `make demo` in {result['seconds'] / 60:.1f} minutes on {env['cpu_count']} cores "
+        f"({env['cpu']}), torch {packages['torch']}, transformers {packages['transformers']}, "
+        f"{result['started'][:10]}. Ratios are to dense within the run. SmolLM2's weights are de-quantised from 4 "
+        "bits: compare its numbers with each other only."
     )
     return "\n".join(lines)
 
