@@ -262,15 +262,8 @@ def main() -> None:
     report = Report()
     print(report.common["machine"], "torch", torch.__version__)
     window = lambda dtype, **o: program_of(SinkWindow(64, 512), arguments.length, 9, 3, 64, dtype, True)
-    image = lambda stride, dtype, H=6: program_of(
-        Neighborhood((64, 64), (16, 16), (stride, stride), (1, 1), (False, False)),
-        4096,
-        6,
-        6,
-        64,
-        dtype,
-        False,
-    )
+    grid = lambda stride: Neighborhood((64, 64), (16, 16), (stride, stride), (1, 1), (False, False))
+    image = lambda stride, dtype, H=6: program_of(grid(stride), 4096, H, H, 64, dtype, False)
     cases = {
         f"sink_window_{name}": (window, dtype, ("L", arguments.length))
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))

@@ -333,7 +333,8 @@ def _box_order(
     position = (position + prefix).masked_fill(hole, -1)
     # split the in-box axes into bits, slowest bits of all axes first
     bits = [(axis, int(math.log2(t))) for axis, t in enumerate(tile)]
-    split, place = [], {}
+    split: list[int] = []
+    place: dict[int, int] = {}
     for axis, (d, tiles, _) in enumerate(shape):
         place[axis] = len(split)
         split += [d, tiles] + [2] * bits[axis][1]

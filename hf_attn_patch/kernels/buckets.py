@@ -69,7 +69,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *_backward(grad, *ctx.saved_tensors, ctx.plan, ctx.scale), None, None
+        query, key, value, out, lse = ctx.saved_tensors
+        return *_backward(grad, query, key, value, out, lse, ctx.plan, ctx.scale), None, None
 
 
 def _pieces(group: Group, layout_heads: int, H: int, Hkv: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -231,7 +231,7 @@ class BlockLayout:
         """The same layout on `device` (itself if it is there already)."""
         if torch.device(device) == self.device:
             return self
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved, cached={})
 
     def dense(self) -> Tensor:

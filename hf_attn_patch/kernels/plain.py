@@ -31,15 +31,16 @@ def run_plain(program: Program) -> Tensor:
     spans = real_spans(mask)
     if spans is None or program.q_len < FEW_ROWS:
         return run_rows(program)
-    query = program.query
+    query, key, value = program.query, program.key, program.value
+    assert isinstance(key, Tensor) and isinstance(value, Tensor)
     if program.query_scale is not None:
         query = (query * program.query_scale).to(query.dtype)
     if len(set(spans)) == 1:
-        return _span(program, query, program.key, program.value, list(range(len(spans))), *spans[0])
+        return _span(program, query, key, value, list(range(len(spans))), *spans[0])
     outputs: list[Tensor | None] = [None] * program.batch
     for span in dict.fromkeys(spans):
         items = [i for i, other in enumerate(spans) if other == span]
-        part = _span(program, query[items], program.key[items], program.value[items], items, *span)
+        part = _span(program, query[items], key[items], value[items], items, *span)
         for i, out in zip(items, part):
             outputs[i] = out
     return torch.stack(outputs)  # type: ignore[arg-type]

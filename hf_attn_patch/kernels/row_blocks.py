@@ -6,6 +6,8 @@ masses, per-KV-head caches, decoding. It needs memory O(rows of a run x keys rea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,8 +80,8 @@ def key_runs(program: Program, runs: list[Tensor]) -> list[list[tuple[int, int]]
     return merged
 
 
-def take(x: Tensor, ranges: list[tuple[int, int]], dim: int = 2) -> Tensor:
-    """Concatenated slices of `x` (a view if there is only one)."""
+def take(x: Any, ranges: list[tuple[int, int]], dim: int = 2) -> Tensor:
+    """Concatenated slices of a tensor (a view if there is only one)."""
     parts = [x.narrow(dim, a, b - a) for a, b in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 

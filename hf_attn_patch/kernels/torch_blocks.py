@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..program import Program
+from ..program import MassEdit, Program, ScoreEdit
 from . import reference
 from .plain import run_plain
 from .row_blocks import mean_values, run_ragged, run_rows
@@ -59,7 +59,8 @@ def edited_rows(program: Program) -> Tensor | None:
     if program.softcap is not None or program.sink_logits is not None or program.position_bias is not None:
         return None
     touched = torch.zeros(program.q_len, dtype=torch.bool, device=program.query.device)
-    for edit in [*program.score_edits, *program.mass_edits]:
+    edits: list[ScoreEdit | MassEdit] = [*program.score_edits, *program.mass_edits]
+    for edit in edits:
         if edit.rows is None:
             return None
         touched |= edit.rows.any(0)
