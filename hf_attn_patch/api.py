@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import cache as cache_layers
 from . import dispatch, registry, selection
-from .context import Context, refuse_filled
+from .context import Context, copy_with_model, refuse_filled
 from .dispatch import PatchStack, SitePatch
 from .errors import CompositionError, ConfigError, ModelMismatchError, PatchError, SelectionError
 from .kernels import check_impl, unavailable
@@ -41,7 +41,11 @@ class Entry:
     impl: str
     cache: str
     paths: list[str]
+    model: Any = field(repr=False)
     enabled: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        return copy_with_model(self, memo)
 
 
 class State:
@@ -435,7 +439,15 @@ def plan(
             )
     different = {repr(special.to_dict()): special for kinds in variants for _, special in kinds}
     notes = [note for special in different.values() for note in special.check_model(base, chosen)]
-    _check_composition(get_state(base), config, [s.path for s in chosen], impl)
+    state = get_state(base)
+    for site in everything:
+        for stack in dispatch.stacks_of(site.module):
+            if stack.context is not None and (state is None or stack.context is not state.context):
+                raise CompositionError(
+                    f"{site.path} is patched already, through another model object inside or around this "
+                    f"{type(base).__name__}. Patch and undo through one object"
+                )
+    _check_composition(state, config, [s.path for s in chosen], impl)
     return Plan(
         config=config,
         model=type(base).__name__,
@@ -497,7 +509,7 @@ def _apply(model: nn.Module, made: Plan, layers: Selector, heads: Selector) -> P
         key, number = f"{made.config.name}_{number}", number + 1
     entry = Entry(
         key, made.config, made.part, selection.plain(layers), selection.plain(heads), made.impl, made.cache,
-        [s.path for s in made.sites],
+        [s.path for s in made.sites], base,
     )  # fmt: skip
     pieces = [SitePatch(site, entry, kinds) for site, kinds in zip(made.sites, made.variants)]
     try:

@@ -216,6 +216,24 @@ class SpanLayer(DynamicLayer):
         ragged = RaggedKV(parts, self.seen)  # type: ignore[arg-type]
         return ragged, ragged
 
+    @property
+    def keys(self) -> Any:  # type: ignore[override]
+        """What is held, for code that looks into caches: it gets an error with a way out instead of a wrong tensor."""
+        held = []
+        for g in self.groups:
+            if self.start is None or g.key is None or g.value is None:
+                return None
+            held.append(KVGroup(g.heads, g.key, g.value, g.columns(self.seen, self.start)))
+        return RaggedKV(held, self.seen)
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        """`CacheLayerMixin` sets it to None at first; nothing else may."""
+        if value is not None:
+            raise CacheError("the keys of a per-head-span cache cannot be replaced; patch with cache='keep'")
+
+    values = keys  # type: ignore[assignment]
+
     def get_seq_length(self) -> int:
         return self.seen
 

@@ -8,6 +8,7 @@ copy of a cache (a shared prefix) takes it along; without a cache every forward 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import uuid
 import warnings
@@ -24,8 +25,8 @@ from .sites import layer_module
 if TYPE_CHECKING:
     from .dispatch import SitePatch
 
-MEMORY = "_attn_patch_memory"
-REPLAYS = 4096  # layer calls of training forwards whose facts are remembered for recomputation
+MEMORY = "_attn_patch_memory"  # attribute of a cache
+FACTS = "attn_patch_facts"  # keyword argument that carries facts through a checkpointed layer
 
 NEEDS = {
     "image_keys": "which keys are image tokens (from input_ids)",
@@ -35,6 +36,22 @@ NEEDS = {
     "cache": "KV cache layers with a span per KV head",
     "head_mask": "whether the caller passes head_mask=, which transformers v5 swallows",
 }
+
+
+def copy_with_model(thing: Any, memo: dict[int, Any]) -> Any:
+    """Deepcopy of something that belongs to ``thing.model``: a copy of the model gets its own, but a copy of a single
+    module (PEFT's ``modules_to_save``) stays in the same model and shares it."""
+    if id(thing.model) not in memo:
+        return thing
+    twin = object.__new__(type(thing))
+    memo[id(thing)] = twin
+    state = thing.__getstate__() if hasattr(thing, "__setstate__") else thing.__dict__
+    state = copy.deepcopy(dict(state), memo)
+    if hasattr(twin, "__setstate__"):
+        twin.__setstate__(state)
+    else:
+        twin.__dict__.update(state)
+    return twin
 
 
 class Context:
@@ -49,13 +66,15 @@ class Context:
     """
 
     def __init__(self, model: nn.Module):
+        self.model = model
         self.needs: set[str] = set()
         self.handles: list[Any] = []
         self.owners: list[str] = []
         self.layers: dict[str, Any] = {}
         self._said: dict[str, Any] = {}
         self._token = uuid.uuid4().hex
-        self._replay: dict[int, tuple] = {}
+        self._notes: dict[str, list[dict[str, Any]]] = {}
+        self._recomputed: set[str] = set()
         self._depth = 0
         self._reset()
 
@@ -63,14 +82,17 @@ class Context:
         self._forward: dict[str, Any] = {}
         self._inputs: dict[str, Tensor] = {}
         self.cache: Any = None
-        self.override: dict[str, Any] = self._said
+        self.override: dict[str, Any] = {}
         self.output_attentions: bool | None = None
         self.grid: tuple[int, ...] | None = None
         self.new_tokens: int | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
+        return copy_with_model(self, memo)
+
     def __getstate__(self) -> dict[str, Any]:  # copies start with an empty memory: their caches are others
         state = dict(self.__dict__)
-        for name in ("_forward", "_inputs", "_replay"):
+        for name in ("_forward", "_inputs", "_notes"):
             state[name] = {}
         state["cache"] = None
         return state
@@ -96,6 +118,11 @@ class Context:
         return self.memory.get("prompt_length")
 
     @property
+    def seen(self) -> int | None:
+        """Tokens in the cache before this forward, if it is known."""
+        return self._forward.get("seen")
+
+    @property
     def image_keys(self) -> Tensor | None:
         """bool [B, columns seen so far, this forward included], True on image tokens."""
         given = self.override.get("image_keys")
@@ -103,6 +130,11 @@ class Context:
 
     def layer_input(self, path: str) -> Tensor:
         """Hidden states [B, L, C] that entered the layer of the site at `path` in this forward."""
+        if path not in self._inputs:
+            raise PatchError(
+                f"the hidden states that entered the layer of {path} are unknown: the layer ran outside a forward of "
+                "its model (gradient checkpointing of a layer that takes no **kwargs does that; switch it off)"
+            )
         return self._inputs[path]
 
     # -- hooks --------------------------------------------------------------------------------------------------
@@ -125,9 +157,9 @@ class Context:
         for module in owners.values():
             self.handles.append(module.register_forward_pre_hook(self.before_model, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
-        if needs & {"layer_input", "image_keys", "grid"}:
+        if needs & {"layer_input", "image_keys", "grid", "prompt"}:
             for path in paths:
-                hook = _LayerInput(self, path)
+                hook = _LayerInput(self, path, model)
                 self.handles.append(
                     layer_module(model, path).register_forward_pre_hook(hook.before, with_kwargs=True)
                 )
@@ -136,6 +168,7 @@ class Context:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self._notes = {}
         self.needs = set()
 
     def before_model(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -143,6 +176,7 @@ class Context:
         given = {**dict(zip(names, args)), **kwargs}
         if self._depth == 0:
             self._reset()
+            self.override = self._said
         self._depth += 1
         if given.get("output_attentions") is not None:
             self.output_attentions = bool(given["output_attentions"])
@@ -166,8 +200,7 @@ class Context:
 
                 cache = DynamicCache(config=module.config)
                 changed = cache
-            if cache is not None:
-                self.cache = cache
+            self._adopt(cache)
             self.new_tokens = fresh.shape[1]
             seen = int(cache.get_seq_length()) if cache is not None else 0
             self._track_prompt(seen, fresh.shape[1])
@@ -184,22 +217,55 @@ class Context:
             return args, kwargs
         return None
 
+    def _adopt(self, cache: Any) -> None:
+        """`cache` belongs to this forward. Where a model made it itself, what was learnt so far moves there."""
+        if cache is None or cache is self.cache or not hasattr(cache, "get_seq_length"):
+            return
+        learnt = {} if self.cache is not None else self._forward
+        self.cache = cache
+        self.memory.update({k: v for k, v in learnt.items() if k not in ("seen", "images_done")})
+
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._adopt(getattr(output, "past_key_values", None))
         self._depth = max(self._depth - 1, 0)
         if self._depth == 0:
             self._reset()
 
-    def remember(self, hidden: Tensor) -> None:
-        """Gradient checkpointing runs a layer a second time during backward, when its forward is over and others may
-        have run since. Its input is then the same memory as before: by that the facts of its forward are found."""
-        place = hidden.data_ptr()
-        if self._depth:
-            self._replay.pop(place, None)
-            self._replay[place] = (self._forward, self.grid, self.override, self.output_attentions)
-            if len(self._replay) > REPLAYS:
-                self._replay.pop(next(iter(self._replay)))
-        elif place in self._replay:
-            self._forward, self.grid, self.override, self.output_attentions = self._replay[place]
+    def facts(self, path: str) -> dict[str, Any]:
+        """Facts of the running forward for the layer at `path`: gradient checkpointing runs the layer again during
+        backward, when this forward is over and others may have run since."""
+        names = ("_forward", "grid", "override", "output_attentions")
+        inputs = {path: self._inputs[path]} if path in self._inputs else {}
+        return {**{name: getattr(self, name) for name in names}, "_inputs": inputs}
+
+    def note(self, path: str, facts: dict[str, Any]) -> None:
+        """Remember `facts` for a layer that may not hand them on to its attention."""
+        if path in self._recomputed:
+            self._notes[path] = []
+            self._recomputed.discard(path)
+        self._notes.setdefault(path, []).append({**facts, "_inputs": {}})
+
+    def recall(self, facts: dict[str, Any] | None, path: str) -> None:
+        """Take up the facts of the forward whose layer is being recomputed, if one is.
+
+        Raises:
+            PatchError: the layer did not hand its facts on, and several forwards wait for their backward.
+        """
+        if self._depth or path not in self._notes or not _in_backward():
+            return
+        self._recomputed.add(path)
+        if facts is None:
+            notes = self._notes[path]
+            alike = not self.needs & {"image_keys", "prompt"} and len({n["grid"] for n in notes}) == 1
+            if len(notes) > 1 and not alike:
+                self._recomputed.update(self._notes)
+                raise PatchError(
+                    f"gradient checkpointing recomputes the layer of {path}, and {len(notes)} different forwards wait "
+                    "for their backward; which one this is cannot be known for this layer class. Call backward after every "
+                    "forward, or switch gradient checkpointing off"
+                )
+            facts = notes[-1]
+        self.__dict__.update(facts)
 
     def _makes_cache(self, module: Any, given: dict[str, Any]) -> bool:
         config = module.config
@@ -212,7 +278,7 @@ class Context:
         if seen == 0 or "prompt_length" not in self.memory:
             if seen == 0 and self._depth == 1:  # a new prompt; inner models of this forward only add to it
                 self.memory.clear()
-            self.memory["prompt_length"] = seen + new
+            self.memory["prompt_length"] = self.override.get("length", seen + new)
         self._forward["seen"] = seen
 
     def _track_images(self, ids: Tensor, seen: int) -> None:
@@ -228,8 +294,8 @@ class Context:
         if before is None:
             if self.override.get("image_keys") is None:
                 raise CacheError(
-                    f"the cache holds {seen} tokens that were read without this patch (or as inputs_embeds), so which of "
-                    "them are image tokens is unknown. Start with a fresh cache, or say it with "
+                    f"the cache holds {seen} tokens that were read without this patch (or as inputs_embeds), so which "
+                    "of them are image tokens is unknown. Start with a fresh cache, or say it with "
                     "hap.prompt(model, image_keys=...)"
                 )
             return
@@ -251,18 +317,41 @@ class Context:
 class _LayerInput:
     """Pre-hook of one layer (a class, so that deepcopy carries its context along)."""
 
-    def __init__(self, context: Context, path: str):
+    def __init__(self, context: Context, path: str, model: nn.Module):
         self.context, self.path = context, path
+        layer = layer_module(model, path)
+        names = path.split(".")
+        around = [model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)]
+        self.way = around[
+            next(n for n, m in enumerate(around) if m is layer) :
+        ]  # from the layer to its attention
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(hidden, Tensor):
-            if module.training:
-                self.context.remember(hidden)
-            if "layer_input" in self.context.needs:
-                self.context._inputs[self.path] = hidden
-        elif "layer_input" in self.context.needs:
-            raise PatchError(f"{type(module).__name__} got no hidden states as first argument or by name")
+        if "layer_input" in self.context.needs:
+            if hidden is None:
+                raise PatchError(f"{type(module).__name__} got no hidden states as first argument or by name")
+            self.context._inputs[self.path] = hidden
+        if not (
+            module.training and getattr(module, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        ):
+            return None
+        facts = self.context.facts(self.path)
+        self.context.note(self.path, facts)
+        if not all(_takes_anything(m) for m in self.way):
+            return None
+        return args, {**kwargs, FACTS: facts}
+
+
+def _in_backward() -> bool:
+    """True while autograd runs, which is when checkpointed layers are recomputed."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _takes_anything(module: nn.Module) -> bool:
+    """True if the forward of a layer has ``**kwargs``, which transformers hands on to the attention function."""
+    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 _names: dict[Any, list[str]] = {}

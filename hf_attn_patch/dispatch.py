@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .context import FACTS
 from .errors import CacheError, ModelMismatchError
 from .kernels import Result, attention
 from .kernels.ragged import RaggedKV
@@ -39,7 +40,7 @@ _KNOWN_KWARGS = {
     "scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions",
     "output_hidden_states", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic", "cache",
     "softcap", "s_aux", "position_bias", "position_embeddings", "past_key_values", "cache_position", "layer_idx",
-    "attention_mask", "token_type_ids", "mm_token_type_ids", "return_dict", "logits_to_keep",
+    "attention_mask", "token_type_ids", "mm_token_type_ids", "return_dict", "logits_to_keep", "head_mask",
 }  # fmt: skip
 
 
@@ -149,6 +150,9 @@ class PatchStack(nn.Module):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Run one attention call of `module`; same contract as a transformers attention function."""
+        facts = kwargs.pop(FACTS, None)
+        if self.context is not None:
+            self.context.recall(facts, next((p.path for p in self.site_patches()), ""))
         active = [patch for patch in self.site_patches() if patch.entry.enabled]
         if isinstance(key, RaggedKV) and not any(p.frees_cache for p in active):
             raise evicted(key)
@@ -205,6 +209,12 @@ def make_program(
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     mask = Mask.of(attention_mask, query, key, causal=causal)
     check_length(module, mask, key)
+    context = getattr(module._modules.get(CHILD), "context", None)
+    seen = context.seen if context is not None and causal else None
+    if mask.given is not None and seen is not None and seen + mask.q_len < mask.kv_len:
+        mask.q_offset = (
+            seen  # a static cache is longer than what was seen, and a given mask does not say where we are
+        )
     scaling = kwargs.get("scaling")
     position_bias = kwargs.get("position_bias")
     return Program(
@@ -275,7 +285,13 @@ def native_attention(
     if isinstance(mask, Mask):
         check_length(module, mask, key)
         facts, mask = mask, mask.native(native)
-        if mask is None and facts.causal and kwargs.get("is_causal") is False and facts.q_len > 1:
+        if (
+            mask is None
+            and facts.causal
+            and kwargs.get("is_causal") is False
+            and facts.q_len > 1
+            and (getattr(module, "is_causal", False))
+        ):
             # the module decided `is_causal` by whether it got a mask; natively it would have got none
             kwargs = {**kwargs, "is_causal": True}
     functions = inspect.unwrap(type(module).forward).__globals__["ALL_ATTENTION_FUNCTIONS"]
@@ -291,6 +307,7 @@ def attention_forward(
     if (
         stack is None
     ):  # a module that shares its config with patched ones but was no site when they were patched
+        kwargs.pop(FACTS, None)
         native = "eager" if getattr(module.config, "_attn_implementation", NAME) == EAGER_NAME else "sdpa"
         return native_attention(module, native, query, key, value, attention_mask, kwargs)
     return stack(module, query, key, value, attention_mask, kwargs)
@@ -428,7 +445,8 @@ def detach(
     """
     kept = {id(config) for config in configs_of(model, keep or [])}
     for config, previous in snapshot:
-        if id(config) not in kept:
+        ours = getattr(config, "_attn_implementation", None) in (NAME, EAGER_NAME)
+        if id(config) not in kept and ours:  # what the user has chosen meanwhile stays
             set_implementation(config, previous)
     for module in model.modules():
         if CHILD in module._modules and id(getattr(module, "config", None)) not in kept:

@@ -26,13 +26,8 @@ def first_true(flags: Tensor) -> Tensor:
 
 def _rule_parts(rule: Callable) -> list[Callable]:
     """Flatten transformers' ``and_masks(f, g, ...)`` into its parts (its closure is the only place they live)."""
-    code = getattr(rule, "__code__", None)
-    if (
-        code is not None
-        and "mask_functions" in code.co_freevars
-        and rule.__qualname__.startswith("and_masks")
-    ):
-        parts = rule.__closure__[code.co_freevars.index("mask_functions")].cell_contents
+    if getattr(rule, "__qualname__", "").startswith("and_masks."):
+        parts = inspect.getclosurevars(rule).nonlocals["mask_functions"]
         return [leaf for part in parts for leaf in _rule_parts(part)]
     return [rule]
 
@@ -291,6 +286,12 @@ class Mask:
                 return Mask.from_transformers(self.flavour, **{**moved, "device": torch.device(targets[0])})
         return self.as_tensor().to(*args, **kwargs)
 
+    def contiguous(self, **_: Any) -> Mask:
+        """Facts have no memory layout (`generate` asks for one when its cache is static)."""
+        return self
+
+    clone = detach = contiguous  # and nobody changes them in place
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(f"Mask has no attribute {name!r}")
@@ -331,8 +332,7 @@ def _operator(name: str) -> Callable:
     return method
 
 
-_OPERATORS = (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow and rand or ror xor rxor invert lt le gt ge eq ne neg abs"
-)
-for _name in _OPERATORS.split():
+_ARITHMETIC = "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow neg abs"
+_LOGIC = "and rand or ror xor rxor invert lt le gt ge eq ne"
+for _name in f"{_ARITHMETIC} {_LOGIC}".split():
     setattr(Mask, f"__{_name}__", _operator(f"__{_name}__"))

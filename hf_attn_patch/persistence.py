@@ -28,8 +28,8 @@ _KEYS = {
     "tensors",
 }  # fmt: skip
 _KINDS: dict[str, Any] = {
-    "method": str, "config": dict, "part": (str, type(None)), "impl": str, "cache": str, "base_model": dict, "sites": list,
-    "tensors": (dict, type(None)),
+    "method": str, "config": dict, "part": (str, type(None)), "impl": str, "cache": str, "base_model": dict,
+    "sites": list, "tensors": (dict, type(None)),
 }  # fmt: skip
 
 
@@ -143,7 +143,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not {"id", "model_type"} <= set(data["base_model"]) or not all(
         isinstance(s, dict) and {"path", "heads", "kv_heads"} <= set(s) for s in data["sites"]
     ):
-        raise AdapterError(f"{file}: 'base_model' or 'sites' is incomplete; the file was edited or is damaged")
+        raise AdapterError(
+            f"{file}: 'base_model' or 'sites' is incomplete; the file was edited or is damaged"
+        )
     return data
 
 
@@ -196,15 +198,17 @@ def load(model: nn.Module, directory: str | Path, impl: str | None = None) -> Pa
             f"the adapter in {folder} patches {len(data['sites'])} sites, {len(missing)} of which this model lacks, "
             f"first {missing[0]}"
         )
-    settings = {key: data[key] for key in ("part", "layers", "heads", "cache")} | {"impl": impl or data["impl"]}
+    settings = {key: data[key] for key in ("part", "layers", "heads", "cache")} | {
+        "impl": impl or data["impl"]
+    }
     saved = {s["path"]: (s["heads"], s["kv_heads"]) for s in data["sites"]}
     here = {s.path: (s.num_heads, s.num_kv_heads) for s in plan(model, config, **settings).sites}
     if here != saved:
         path = min(p for p in saved.keys() | here.keys() if saved.get(p) != here.get(p))
         describe = lambda heads: "no site" if heads is None else f"{heads[0]} heads / {heads[1]} KV heads"
         raise ModelMismatchError(
-            f"the adapter in {folder} was made for {len(saved)} sites, on this model it would patch {len(here)}: {path} "
-            f"was {describe(saved.get(path))} and is {describe(here.get(path))} here"
+            f"the adapter in {folder} was made for {len(saved)} sites, on this model it would patch {len(here)}: "
+            f"{path} was {describe(saved.get(path))} and is {describe(here.get(path))} here"
         )
     handle = patch(model, config, **settings)
     try:

@@ -231,7 +231,7 @@ class Entry:
 
     @property
     def address(self) -> str:
-        """"module:Class" of the target, imported or not."""
+        """Where the class lives, as "module:Class", imported or not."""
         if isinstance(self.target, str):
             return self.target.split("[")[0].strip()  # an entry point may name extras
         return f"{self.target.__module__}:{self.target.__qualname__}"
@@ -291,9 +291,7 @@ def register_patch(name: str) -> Callable[[P], P]:
             if _has_source(cls)
             else cls.__module__
         )
-        add(
-            Entry(name, cls, origin, cls.summary, cls.paper, cls.arxiv, tuple(cls.parts))
-        )
+        add(Entry(name, cls, origin, cls.summary, cls.paper, cls.arxiv, tuple(cls.parts)))
         return cls
 
     return decorate
@@ -315,7 +313,8 @@ def add(entry: Entry) -> None:
             f"two patches are called {entry.name!r}: one from {known.origin}, one from {entry.origin}. "
             "Rename one of them, or uninstall its package"
         )
-    if known is None or not isinstance(entry.target, str):  # a class knows more than the text that points to it
+    # a class knows more than the text that points to it
+    if known is None or not isinstance(entry.target, str):
         _entries[entry.name] = entry
 
 
@@ -360,7 +359,7 @@ def build(name_or_config: str | Patch, options: dict[str, Any]) -> Patch:
     if isinstance(name_or_config, Patch):
         cls = type(name_or_config)
         if not cls.name:
-            raise ConfigError(f"{cls.__qualname__} has no name; decorate it with @register_patch(\"its_name\")")
+            raise ConfigError(f'{cls.__qualname__} has no name; decorate it with @register_patch("its_name")')
         current = {f.name: getattr(name_or_config, f.name) for f in option_fields(cls)}
         return cls.from_dict({**current, **options})
     raise ConfigError(

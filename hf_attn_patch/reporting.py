@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .dispatch import SitePatch, stacks_of
+from .dispatch import EAGER_NAME, NAME, SitePatch, stacks_of
 
 if TYPE_CHECKING:
     from .api import PatchHandle
@@ -106,9 +106,11 @@ def build_report(handle: PatchHandle, note: str) -> PatchReport:
     rows: list[SiteReport] = []
     known: dict[Any, tuple[float | None, float | None]] = {}
     for site in handle.sites:
-        patch = stacks_of(site.module)[0].patches[entry.key]
-        assert isinstance(patch, SitePatch)
-        last = patch.last
+        last: dict[str, Any] = {}
+        for stack in stacks_of(site.module):  # where PEFT keeps copies, only one of them runs
+            patch = stack.patches[entry.key]
+            assert isinstance(patch, SitePatch)
+            last = patch.last or last
         density: tuple[float | None, float | None] = (None, None)
         if last and last["rules"] and last["q_len"] > 1:
             key = (tuple(last["rules"]), last["q_len"], last["kv_len"], last["q_offset"], last["causal"])
@@ -132,4 +134,10 @@ def build_report(handle: PatchHandle, note: str) -> PatchReport:
             )
         )
     notes = [note] if note else []
+    chosen = {getattr(site.module.config, "_attn_implementation", None) for site in handle.sites}
+    for other in sorted(str(name) for name in chosen - {NAME, EAGER_NAME}):
+        notes.append(
+            f"the attention implementation was set to {other!r} after patching, so the patch is not reached; remove it "
+            "and patch again"
+        )
     return PatchReport(entry.config.name, entry.config.to_dict(), entry.impl, entry.enabled, rows, notes)

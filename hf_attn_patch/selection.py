@@ -26,7 +26,7 @@ def _text(term: str, size: int, what: str) -> list[int]:
     if match := re.fullmatch(r"(-?\d+)?:(-?\d+)?(?::(-?\d+))?", term):  # Python slice, end excluded
         return _slice(slice(*(int(p) if p else None for p in match.groups())), size, what)
     raise SelectionError(
-        f"cannot read {what} selector {term!r}; use 3, -1, 0-3 (inclusive), 2:8 or -2: (Python slices), joined by commas"
+        f"cannot read {what} selector {term!r}; use 3, -1, 0-3 (inclusive), 2:8 or -2: (Python slices), comma-joined"
     )
 
 
@@ -37,6 +37,11 @@ def _index(value: int, size: int, what: str) -> int:
     return index
 
 
+def _is_index(value: Any) -> bool:
+    """True for integers, those of numpy and torch included (arrays have ``__index__`` too)."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+
+
 def _slice(value: slice, size: int, what: str) -> list[int]:
     if value.step == 0:
         raise SelectionError(f"{what} slice {plain(value)!r} has a step of 0")
@@ -45,7 +50,11 @@ def _slice(value: slice, size: int, what: str) -> list[int]:
 
 def settled(selector: Selector) -> Selector:
     """`selector` with one-time iterables turned into lists, because it is read more than once."""
-    once = isinstance(selector, Iterable) and not isinstance(selector, (str, Mapping))
+    once = (
+        isinstance(selector, Iterable)
+        and not isinstance(selector, (str, Mapping))
+        and not _is_index(selector)
+    )
     return list(selector) if once else selector  # type: ignore[arg-type]
 
 
@@ -62,7 +71,7 @@ def indices(selector: Selector, size: int, what: str) -> list[int]:
         return list(range(size))
     if isinstance(selector, bool):
         raise SelectionError(f"{what} selector is {selector!r}; use indices, slices or text")
-    if hasattr(selector, "__index__") and getattr(selector, "ndim", 0) == 0:  # numpy and torch integers too
+    if _is_index(selector):
         return [_index(operator.index(selector), size, what)]  # type: ignore[arg-type]
     if isinstance(selector, slice):
         return _slice(selector, size, what)
@@ -95,7 +104,7 @@ def plain(selector: Selector) -> Any:
     """`selector` as JSON data that `indices` reads back."""
     if selector is None or isinstance(selector, (int, str)):
         return selector
-    if hasattr(selector, "__index__") and getattr(selector, "ndim", 0) == 0:
+    if _is_index(selector):
         return operator.index(selector)  # type: ignore[arg-type]
     if isinstance(selector, slice):
         text = f"{'' if selector.start is None else selector.start}:{'' if selector.stop is None else selector.stop}"

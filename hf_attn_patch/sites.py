@@ -94,8 +94,8 @@ def why_not_dispatchable(module: nn.Module) -> str | None:
     }
     if "_attn_implementation" in code.co_names and "sdpa" in constants:
         return (
-            f"{type(module).__name__} computes something else when its attention implementation is not called 'sdpa' or "
-            "'eager'"
+            f"{type(module).__name__} computes something else when its attention implementation is not called "
+            "'sdpa' or 'eager'"
         )
     return None
 

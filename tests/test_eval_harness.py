@@ -245,3 +245,9 @@ def test_a_task_with_too_few_scores_is_named():
 
     with pytest.raises(ValueError, match="gave no 3 numbers for score"):
         evaluation.run(Short(), model)
+
+
+def test_labels_with_brackets_are_printed_as_they_are():
+    model, tokenizer = language_model()
+    result = evaluation.run(TEXT, model, tokenizer, patches={"gate [bold]x[/bold]": "streaming:window=8"})
+    assert "gate [bold]x[/bold]" in str(result)

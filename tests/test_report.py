@@ -138,13 +138,20 @@ def test_numbers_as_their_column_wants_them(value, extra, text):
     ],
 )
 def test_better_and_worse_are_told_apart(ratio, better, expected):
-    assert verdict(row("x", "m", 1.0, ratio), COLUMN | {"better": better}) == expected
+    assert verdict(row("x", "m", 1.0, ratio), COLUMN | {"better": better}, {}) == expected
 
 
 def test_an_interval_wins_over_a_ratio():
     interval = {"x": {"speed": {"value": 5.0, "low": 1.0, "high": 9.0}}}
     assert format_ratio(row("x", "m", 150.0, 1.5), COLUMN, interval) == "[+1.0, +9.0]"
     assert format_ratio(row("x", "m", 150.0, 1.5), COLUMN, {}) == "×1.50"
+
+
+def test_a_difference_that_may_be_chance_is_neither_good_nor_bad():
+    sure = {"value": -5.0, "low": -9.0, "high": -1.0, "significant": True}
+    chance = {"value": -5.0, "low": -9.0, "high": 1.0, "significant": False}
+    assert verdict(row("x", "m", 95.0, 0.95), COLUMN, {"x": {"speed": sure}}) == "bad"
+    assert verdict(row("x", "m", 95.0, 0.95), COLUMN, {"x": {"speed": chance}}) == ""
 
 
 def test_bars_are_proportional():

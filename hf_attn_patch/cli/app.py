@@ -107,11 +107,9 @@ def info(
             f"paper  {escape(entry.paper)}"
             + (f"  https://arxiv.org/abs/{entry.arxiv}" if entry.arxiv else "")
         )
-    example = ",".join(
-        f"{r['name']}={r['default']}" for r in rows[:2] if r["default"] not in ("required", "null")
-    )
-    out.print(f'\n[dim]hap.patch(model, "{name}")      hf-attn-patch plan MODEL {name}'
-              f"{''.join(f' -o {x}' for x in example.split(',') if x)}[/dim]")  # fmt: skip
+    needed = [f" -o {r['name']}=…" for r in rows if r["default"] == "required"]
+    shown = [f" -o {r['name']}={r['default']}" for r in rows if r["default"] not in ("required", "null")]
+    out.print(f"\n[dim]hf-attn-patch plan MODEL {name}{''.join([*needed, *shown][:2])}[/dim]")
 
 
 @app.command()
@@ -241,7 +239,7 @@ def tasks(as_json: AsJson = False) -> None:
     from ..eval import registry
     from ..eval.specs import option_fields
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in registry.available().values():
         fields = option_fields(entry.load())
         rows.append({"name": entry.name, "summary": entry.summary, "origin": entry.origin,

@@ -36,9 +36,13 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
     started, clock = datetime.datetime.now().astimezone(), time.perf_counter()
     console.print("[bold]hf_attn_patch[/] demo: the same live model, dense beside patched\n")
 
+    from .. import testbed
     from ..eval.demo.common import Size
 
     size = Size.quick() if quick else Size()
+    for name, half in ((LANGUAGE, "language"), (VISION, "vision")):
+        if only in (None, half) and not testbed.is_cached(name):
+            testbed.path(name)  # before the bars below: fetching shows progress of its own
     models = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -156,7 +160,7 @@ def part_table(part: Mapping[str, Any], narrow: bool) -> Table:
                 continue
             text = format_value(row["values"][column["key"]], column)
             note = "" if row["method"] is None else format_ratio(row, column, {})
-            style = {"good": "green", "bad": "red"}.get(verdict(row, column), "dim")
+            style = {"good": "green", "bad": "red"}.get(verdict(row, column, part["intervals"]), "dim")
             cells.append(f"{text}\n[{style}]{escape(note)}[/]" if note else text)
         table.add_row(*cells)
     return table

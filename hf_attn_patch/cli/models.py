@@ -71,10 +71,10 @@ def _is_backbone(config: Any, table: Any) -> bool:
 def _processor(source: str, model: Any) -> Any:
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    first, second = AutoTokenizer, AutoImageProcessor
+    kinds: list[Any] = [AutoTokenizer, AutoImageProcessor]
     if getattr(model, "main_input_name", "") == "pixel_values":
-        first, second = second, first
-    for kind in (first, second):
+        kinds.reverse()
+    for kind in kinds:
         try:
             return kind.from_pretrained(source)
         except Exception:  # many checkpoints have only one of the two, some none; tasks say what they miss

@@ -87,9 +87,9 @@ def run(
         groups, weights = job.groups(items), job.weights(items)
         reference = job.reference(model, items)
         variants = []
-        for choice in [None, *choices]:
-            label = DENSE if choice is None else choice.label
-            variants.append(_measure(job, model, processor, choice, label, items, reference, progress))
+        for state in [None, *choices]:
+            label = DENSE if state is None else state.label
+            variants.append(_measure(job, model, processor, state, label, items, reference, progress))
     base = next(v for v in variants if v.label == compare)
     for variant in variants:
         summarise(variant, base, job, weights, groups, seed)

@@ -65,22 +65,24 @@ def pixel_values(model: Any, processor: Any, images: Any, size: int | None) -> A
         square = {"height": size, "width": size}
         values = _call(processor, images, size=square, crop_size=square)
     elif hasattr(processor, "size"):
-        import copy
-        import dataclasses
-
-        resized = (
-            dataclasses.replace(processor, size=size)
-            if dataclasses.is_dataclass(processor) and not isinstance(processor, type)
-            else copy.copy(processor)
-        )
-        if getattr(resized, "size", None) != size:
-            resized.size = size
-        values = _call(resized, images)
+        values = _call(_resized(processor, size), images)
     else:
         raise ValueError(
             f"size={size} was asked for, {type(processor).__name__} has no size to set. Leave size out."
         )
     return values.to(device=model.device, dtype=model.dtype)
+
+
+def _resized(processor: Any, size: int) -> Any:
+    """A copy of a callable with an attribute `size` (the testbed's are frozen dataclasses), set to `size`."""
+    import copy
+    import dataclasses
+
+    if dataclasses.is_dataclass(processor) and not isinstance(processor, type):
+        return dataclasses.replace(processor, **{"size": size})
+    copied = copy.copy(processor)
+    copied.size = size
+    return copied
 
 
 def _call(processor: Any, images: Any, **kwargs: Any) -> Any:

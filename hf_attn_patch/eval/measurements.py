@@ -75,7 +75,8 @@ def cache_nbytes(cache: Any) -> int:
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise ValueError(f"{type(cache).__name__} has no layers, its bytes cannot be counted")
-    total, storages = 0, {}
+    total = 0
+    storages: dict[int, int] = {}  # by address: a storage counts once
     for layer in layers:
         own = getattr(layer, "nbytes", None)
         if callable(own):

@@ -81,7 +81,8 @@ class Perplexity(Task):
         import torch
 
         scores: list[float] = []
-        nll, held = None, None
+        nll: Any = None
+        held: tuple[int, int] | None = None
         with torch.inference_mode():
             for item in items:
                 if held != (item.start, item.end):

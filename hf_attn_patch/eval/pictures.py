@@ -16,10 +16,10 @@ from ..rules import Rule, intersect
 
 def rules_of(handle: Any) -> dict[int, tuple[Rule | None, dict[str, Any]]]:
     """Layer -> (rule, facts) of the last call of each site that `handle` patches."""
-    found = {}
+    found: dict[int, tuple[Rule | None, dict[str, Any]]] = {}
     for site in handle.sites:
         stack = next(s for s in site.module._modules[CHILD].modules() if isinstance(s, PatchStack))
-        last = stack.patches[handle._entry.key].last  # type: ignore[union-attr]
+        last: Any = stack.patches[handle._entry.key].last
         if last:
             found[site.layer] = (intersect(last["rules"]), last)
     return found

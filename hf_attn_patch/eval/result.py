@@ -111,6 +111,7 @@ class Result:
 
     def table(self) -> Any:
         """A rich table: one row per variant; per metric its aggregate and difference; a column per group if few."""
+        from rich.markup import escape
         from rich.table import Table
 
         title = f"{self.task['name']} · {self.model['class']} · {self.items} items · seed {self.seed}"
@@ -120,15 +121,16 @@ class Result:
         for metric in self.metrics:
             arrow = "↑" if metric.higher_is_better else "↓"
             table.add_column(f"{metric.name} {arrow}", justify="right")
-            table.add_column(f"vs {self.compare} [95 %]", justify="right")
+            table.add_column(escape(f"vs {self.compare} [95 %]"), justify="right")
         for group in groups:
             table.add_column(group, justify="right")
         table.add_column("seconds", justify="right", style="dim")
         for variant in self.variants:
-            cells = [variant.label]
+            cells = [escape(variant.label)]
             for metric in self.metrics:
                 cells.append(f"{variant.aggregates[metric.name]:.{metric.digits}f}")
-                cells.append(format_difference(variant.difference.get(metric.name), metric.digits))
+                difference = variant.difference.get(metric.name)
+                cells.append(escape(format_difference(difference, metric.digits)))
             first = self.metrics[0]
             for group in groups:
                 cells.append(f"{variant.by_group[first.name][group]:.{first.digits}f}")
@@ -141,9 +143,11 @@ class Result:
         return names if 1 < len(names) <= most else []
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
         yield self.table()
         for note in self.notes:
-            yield f"[dim]note: {note}[/dim]"
+            yield Text(f"note: {note}", style="dim")
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -113,7 +113,13 @@ def attend(
         full = program.position_bias
         full = full[:, heads] if heads is not None and full.shape[1] > 1 else full
         full = full[:, :, row_index] if full.shape[2] > 1 else full
-        scores = scores + full[..., cols - program.mask.kv_offset]
+        at = (cols - program.mask.kv_offset).clamp(min=0)  # empty slots are not allowed anyway
+        if at.ndim == 1:
+            full = full[..., at]
+        else:  # every row of the batch holds keys of its own
+            index = at[:, None, None, :].expand(-1, full.shape[1], full.shape[2], -1)
+            full = torch.gather(full.expand(at.shape[0], -1, -1, -1), 3, index)
+        scores = scores + full
     for edit in program.score_edits:
         target = where(
             heads_of(edit.heads),
@@ -183,18 +189,18 @@ def own_values(program: Program, value: Tensor) -> Tensor:
 
 
 def run(program: Program) -> tuple[Tensor, Tensor | None]:
-    """Execute `program` densely: (output [B, H, L, Dv], edited probabilities [B, H, L, S] or None if ragged)."""
+    """Execute `program` densely: (output [B, H, L, Dv], edited probabilities [B, H, L, S]; 0 at evicted keys)."""
     rows = program.mask.query_columns
     H = program.num_heads
     if program.ragged:
-        outputs = torch.empty(0)
+        outputs = weights = torch.empty(0)
         group_size = H // program.num_kv_heads
         for group in program.key.groups:  # type: ignore[union-attr]
             heads = torch.tensor([g * group_size + i for g in group.heads for i in range(group_size)])
             heads = heads.to(program.query.device)
             allowed = visible(program, rows, group.columns)
             allowed = allowed[:, heads] if allowed.shape[1] > 1 else allowed
-            part, _ = attend(
+            part, probs = attend(
                 program,
                 program.query[:, heads],
                 group.key,
@@ -206,8 +212,12 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
             )
             if outputs.numel() == 0:
                 outputs = part.new_empty(part.shape[0], H, *part.shape[2:])
+                weights = probs.new_zeros(*outputs.shape[:3], program.mask.kv_len + 1)
             outputs[:, heads] = part
-        return finish(program, outputs, None, None), None
+            # empty slots go to a column of their own, which is cut off
+            at = torch.where(group.columns < 0, program.mask.kv_len, group.columns - program.mask.kv_offset)
+            weights[:, heads] = weights[:, heads].scatter(3, at[:, None, None, :].expand_as(probs), probs)
+        return finish(program, outputs, None, None), weights[..., :-1]
     assert isinstance(program.key, Tensor) and isinstance(program.value, Tensor)
     cols = program.mask.key_columns
     allowed = visible(program, rows, cols)

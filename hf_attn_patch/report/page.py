@@ -85,7 +85,7 @@ def _row(
             {
                 "text": format_value(row["values"][key], column),
                 "note": "" if dense else format_ratio(row, column, intervals),
-                "css": "" if dense else verdict(row, column),
+                "css": "" if dense else verdict(row, column, intervals),
             }
         )
     return {**row, "cells": cells, "color": color}
@@ -112,14 +112,24 @@ def format_ratio(row: Mapping[str, Any], column: Mapping[str, Any], intervals: M
     return f"×{ratio:.2f}"
 
 
-def verdict(row: Mapping[str, Any], column: Mapping[str, Any], margin: float = 0.02) -> str:
-    """``good``, ``bad`` or nothing: beyond `margin` of dense in the better or the worse direction."""
-    ratio = row["ratios"].get(column["key"])
-    if ratio is None or column["better"] == "none":
+def verdict(
+    row: Mapping[str, Any],
+    column: Mapping[str, Any],
+    intervals: Mapping[str, Any],
+    margin: float = 0.02,
+) -> str:
+    """``good``, ``bad`` or nothing: an interval without 0, or a ratio beyond `margin`, on that side of dense."""
+    if column["better"] == "none":
         return ""
-    if abs(ratio - 1) <= margin:
+    interval = intervals.get(row["label"], {}).get(column["key"])
+    if interval is not None and interval["low"] is not None:
+        change = interval["value"] if interval["significant"] else 0.0
+    else:
+        change = (row["ratios"].get(column["key"]) or 1.0) - 1
+        change = change if abs(change) > margin else 0.0
+    if change == 0.0:
         return ""
-    return "good" if (ratio > 1) == (column["better"] == "higher") else "bad"
+    return "good" if (change > 0) == (column["better"] == "higher") else "bad"
 
 
 def _bars(part: Mapping[str, Any], column: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, str]:
@@ -190,10 +200,10 @@ def _layouts(part: Mapping[str, Any], colors: Mapping[str, str]) -> list[dict[st
             name = f"moa, KV head {head}" if label.startswith("moa") and several else label
             name = f"{label}, KV head {head}" if several and not label.startswith("moa") else name
             pictures.append(svg.block_grid(grid, name, colors[label], name))
-    where = f" in layer {layers.pop()}" if len(layers) == 1 else ""
+    what = f"layer {layers.pop()}" if len(layers) == 1 else "one layer"
     return [
         {
-            "title": f"What one layer reads{where}",
+            "title": f"What {what} reads",
             "caption": f"{length} queries from top to bottom, {length} keys from left to right, in blocks of 64. "
             "Solid: the whole block is read; half-tone: a part of it; empty: never touched.",
             "svgs": pictures,

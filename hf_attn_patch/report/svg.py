@@ -29,10 +29,10 @@ def _text(x: float, y: float, text: str, css: str = "t", anchor: str = "start") 
     return f'<text x="{x:g}" y="{y:g}" class="{css}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def bars(items: Sequence[Bar], title: str, width: int = 300) -> str:
+def bars(items: Sequence[Bar], title: str, width: int = 256) -> str:
     """Horizontal bars from zero, one row each, the label above its bar."""
     top = max((b.value for b in items), default=0.0) or 1.0
-    row, room = 34, width - 74
+    row, room = 34, width - 66
     body = []
     for i, bar in enumerate(items):
         y = i * row

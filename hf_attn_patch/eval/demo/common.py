@@ -36,7 +36,7 @@ class Size:
     def quick(cls) -> Size:
         return cls(1024, (600, 1200), (0.5,), 2048, 1, 8, 60, 30, 8, 0)
 
-    def fitting_tokens(self, per_second: float, variants: int, seconds: float = 240.0) -> Size:
+    def fitting_tokens(self, per_second: float, variants: int, seconds: float = 200.0) -> Size:
         """The largest plan for a language model of this dense prefill speed that takes about `seconds` or less."""
         smaller = [self]
         if len(self.passkey_depths) > 2:
@@ -48,7 +48,7 @@ class Size:
             )
         return next((s for s in smaller if variants * s.tokens / per_second <= seconds), smaller[-1])
 
-    def fitting_images(self, per_second: float, variants: int, seconds: float = 75.0) -> Size:
+    def fitting_images(self, per_second: float, variants: int, seconds: float = 70.0) -> Size:
         """The largest plan for a vision model of this dense speed (small images) that takes about `seconds` or less."""
         smaller = [self]
         for train, test in ((120, 60), (80, 40)):

@@ -137,7 +137,7 @@ class VisualAttentionRedistribution(Patch):
         """bool [B, columns seen]: sinks of this layer, found while tokens are read and remembered per cache."""
         context = call.context
         assert context is not None
-        hidden = context.layer_input(call.path)
+        hidden = context.layer_input(call.path).detach()  # a decision, not a differentiable quantity
         if columns.numel() > 1:
             found = sink_tokens(hidden, self._dims, self.tau)
             if "length" in context.override:
@@ -151,9 +151,11 @@ class VisualAttentionRedistribution(Patch):
             before = found.new_zeros(found.shape[0], 0)
         if before is None:
             raise CacheError(
-                f"var: the cache holds {seen} tokens that were read while var was not on {call.path}, so its sink tokens "
-                "are unknown. Start with a fresh cache"
+                f"var: the cache holds {seen} tokens that were read while var was not on {call.path}, so its sink "
+                "tokens are unknown. Start with a fresh cache"
             )
+        if before.shape[0] != found.shape[0]:  # rows of one item share their prompt
+            before = before.repeat_interleave(found.shape[0] // before.shape[0], 0)
         sinks = torch.cat([before[:, :seen], found], 1)
         context.memory[key] = sinks
         return sinks
@@ -173,7 +175,7 @@ class VisualAttentionRedistribution(Patch):
             )
         end = int(columns[-1]) + 1
         image = image[:, :end].to(sinks.device)
-        if image.shape[1] < end:  # what was said about a prompt says nothing about its answer: no image tokens
+        if image.shape[1] < end:  # hap.prompt spoke of the prompt; its answer holds no image tokens
             image = torch.nn.functional.pad(image, (0, end - image.shape[1]))
         visual_sink = image & sinks
         classes = torch.zeros(image.shape, dtype=torch.int8, device=image.device)

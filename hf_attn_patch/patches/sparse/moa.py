@@ -103,7 +103,8 @@ class MoA(Patch):
             raise ConfigError(f"moa: alphas and betas must be lists of lists of numbers ({error})") from error
         if not same or not table or not all(table):
             raise ConfigError(
-                f"moa: alphas ({shape(alphas)} rules per layer) and betas ({shape(betas)}) must have one shape, not empty"
+                f"moa: alphas ({shape(alphas)} rules per layer) and betas ({shape(betas)}) must have one shape, "
+                "not empty"
             )
         for layer, row in enumerate(table):
             for head, (a, b) in enumerate(row):

@@ -99,8 +99,8 @@ class NeighborhoodAttention(Patch):
             grid = call.context.grid
         if grid is None:
             raise ModelMismatchError(
-                f"neighborhood: no pixel values were seen before {call.path}, so the token grid is unknown; "
-                "pass grid=(height, width)"
+                f"neighborhood: no pixel values were seen before {call.path} (or its layer is recomputed by gradient "
+                "checkpointing), so the token grid is unknown; pass grid=(height, width)"
             )
         tokens = math.prod(grid)
         prefix = program.q_len - tokens
