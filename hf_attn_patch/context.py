@@ -261,8 +261,8 @@ class Context:
                 self._recomputed.update(self._notes)
                 raise PatchError(
                     f"gradient checkpointing recomputes the layer of {path}, and {len(notes)} different forwards wait "
-                    "for their backward; which one this is cannot be known for this layer class. Call backward after every "
-                    "forward, or switch gradient checkpointing off"
+                    "for their backward; which one this is cannot be known for this layer class. Call backward after "
+                    "every forward, or switch gradient checkpointing off"
                 )
             facts = notes[-1]
         self.__dict__.update(facts)

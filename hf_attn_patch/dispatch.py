@@ -162,6 +162,11 @@ class PatchStack(nn.Module):
         for patch in active:
             for variant, (_, config) in enumerate(patch.variants):
                 config.edit(program, Call(patch, variant, self.context, program.mask.causal))
+        if program.rules and program.mask.packed:
+            raise ModelMismatchError(
+                f"{active[0].entry.config.name}: this batch packs several sequences into one row (position ids restart), "
+                "and rules count from the start of the row. Put one sequence in each row"
+            )
         if len(active) == 1 or len({p.entry.impl for p in active}) == 1:
             impl = active[0].entry.impl
         else:  # one forced choice wins over auto; two different forced ones were refused at patch time

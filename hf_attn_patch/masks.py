@@ -24,12 +24,36 @@ def first_true(flags: Tensor) -> Tensor:
     return torch.where(flags.any(-1), flags.to(torch.int8).argmax(-1), flags.shape[-1])
 
 
+def _seen(given: Tensor) -> Tensor:
+    """A given mask, bool or additive float, as visibility."""
+    return given if given.dtype == torch.bool else given > torch.finfo(given.dtype).min / 2
+
+
+def _unseen_left(given: Tensor, batch: int) -> Tensor | None:
+    """Padding [B|1, S] that a given causal mask [B|1, H|1, L, S] implies: the columns at the left end of a row that no
+    query sees (positions, and with them sinks, count from the first real token); None if there are none."""
+    if given.shape[0] not in (1, batch):
+        return None
+    start = first_true(_seen(given).flatten(1, 2).any(1))
+    if not bool(start.any()):
+        return None
+    return torch.arange(given.shape[-1], device=given.device) >= start[:, None]
+
+
 def _rule_parts(rule: Callable) -> list[Callable]:
     """Flatten transformers' ``and_masks(f, g, ...)`` into its parts (its closure is the only place they live)."""
     if getattr(rule, "__qualname__", "").startswith("and_masks."):
         parts = inspect.getclosurevars(rule).nonlocals["mask_functions"]
         return [leaf for part in parts for leaf in _rule_parts(part)]
     return [rule]
+
+
+def _is_packed(rule: Callable | None) -> bool:
+    """True if a transformers rule separates sequences packed into one row."""
+    return rule is not None and any(
+        getattr(part, "__qualname__", "").startswith("packed_sequence_mask_function.")
+        for part in _rule_parts(rule)
+    )
 
 
 def _facts_of(rule: Callable | None) -> tuple[bool, int | None, bool]:
@@ -121,7 +145,9 @@ class Mask:
             return cls(**common, causal=causal and q_len > 1, q_offset=offset)
         if mask.ndim == 2:  # flash-style [B, S]
             return cls(**common, causal=causal, padding=mask.bool(), q_offset=kv_len - q_len if causal else 0)
-        return cls(**common, given=mask[..., :kv_len], q_offset=kv_len - q_len if q_len <= kv_len else 0)
+        given = mask[..., :kv_len]
+        padding = _unseen_left(given, batch) if causal and given.shape[-1] == kv_len else None
+        return cls(**common, given=given, padding=padding, q_offset=kv_len - q_len if q_len <= kv_len else 0)
 
     # -- facts ----------------------------------------------------------------------------------------------
 
@@ -153,6 +179,11 @@ class Mask:
         seen = self.padding[:, : self.kv_offset + self.kv_len]
         columns = torch.arange(seen.shape[1], device=seen.device)
         return bool((seen == (columns >= self.start[: seen.shape[0], None])).all())
+
+    @functools.cached_property
+    def packed(self) -> bool:
+        """True if rows hold several sequences, told apart by restarting position ids."""
+        return _is_packed(self.rule)
 
     @property
     def restricts(self) -> bool:
@@ -209,9 +240,7 @@ class Mask:
                 allowed = allowed & self.rule(b, h, q, safe)
         if self.given is not None:
             given = self._given(rows, cols)
-            allowed = allowed & (
-                given if given.dtype == torch.bool else given > torch.finfo(given.dtype).min / 2
-            )
+            allowed = allowed & _seen(given)
         return allowed.expand(-1, -1, rows.numel(), -1)
 
     def bias(self, rows: Tensor, cols: Tensor) -> Tensor | None:

@@ -644,3 +644,21 @@ def test_switching_the_implementation_while_patched_is_noted_and_kept(llama):
     assert "'eager' after patching" in str(handle.report())
     handle.remove()
     assert llama.config._attn_implementation == "eager" and not dispatch.registered()
+
+
+def test_a_second_patch_that_fails_half_way_leaves_the_first_alone(monkeypatch):
+    model = model_of("llava")
+    with hap.patched(model, "streaming", **STREAMING):
+        original, calls = dispatch.SitePatch.to, []
+
+        def fails_at_the_second(self, *args, **kwargs):
+            calls.append(self)
+            if len(calls) == 2:
+                raise MemoryError("no room for site 2")
+            return original(self, *args, **kwargs)
+
+        with untouched(model):
+            with monkeypatch.context() as patching, pytest.raises(MemoryError):
+                patching.setattr(dispatch.SitePatch, "to", fails_at_the_second)
+                hap.patch(model, "head_gate", part="vision", gate=0.5)
+        assert implementations(model) == ["sdpa", "hf_attn_patch", "sdpa"]

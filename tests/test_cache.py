@@ -15,6 +15,7 @@ from hf_attn_patch.kernels.ragged import RaggedKV
 
 from .small import close, differ, inputs_of, model_of, output, refused
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # a method that transformers renames in v6
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 SPAN = {"sinks": 2, "window": 8}
 

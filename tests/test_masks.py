@@ -309,7 +309,7 @@ def test_packed_sequences_do_not_see_each_other():
     model = model_of("llama")
     ids = torch.randint(3, 100, (1, 17))
     positions = torch.cat([torch.arange(6), torch.arange(11)])[None]
-    with hap.patched(model, "streaming", window=1 << 20), torch.no_grad():
+    with hap.patched(model, "head_gate", gate=0.5), torch.no_grad():
         packed = model(ids, position_ids=positions, use_cache=False).logits
         parts = [model(ids[:, :6]).logits, model(ids[:, 6:]).logits]
     close(packed, torch.cat(parts, 1))
@@ -319,3 +319,32 @@ def test_a_mask_for_another_number_of_keys_is_refused():
     mask = Mask(1, 2, 5, causal=True)
     with refused(ModelMismatchError, "Linear", "7 keys", "made for 5"):
         dispatch.check_length(torch.nn.Linear(1, 1), mask, torch.zeros(1, 1, 7, 4))
+
+
+@pytest.mark.parametrize("form", ["bool", "float_min", "float_inf"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_sinks_behind_left_padding_are_found_in_a_given_mask_too(form, impl):
+    # the same padding said as [B, S] and as [B, 1, L, S]
+    model = model_of("llama")
+    inputs = inputs_of(model, left_pad=[6, 0])
+    flat = inputs["attention_mask"].bool()
+    length = flat.shape[1]
+    inputs["position_ids"] = (flat.long().cumsum(-1) - 1).clamp(min=0)
+    full = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & flat[:, None, None, :]
+    with hap.patched(model, "streaming", sinks=2, window=4, impl=impl):
+        expected = output(model, inputs, use_cache=False)
+        got = output(model, {**inputs, "attention_mask": given_masks(full)[form]}, use_cache=False)
+    close(got[flat], expected[flat])
+
+
+def test_rules_refuse_packed_sequences_instead_of_counting_from_the_wrong_start():
+    model = model_of("llama")
+    ids = torch.arange(12)[None] + 5
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with hap.patched(model, "streaming", sinks=1, window=2), torch.no_grad():
+        with pytest.raises(hap.PatchError, match="packs several sequences"):
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+    with hap.patched(model, "head_gate", gate=0.5), torch.no_grad():  # no rule, no problem
+        together = model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+        alone = model(input_ids=ids[:, 5:], use_cache=False)[0]
+    torch.testing.assert_close(together[:, 5:], alone)

@@ -15,6 +15,7 @@ from .small import close, differ, inputs_of, model_of, output
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # a method that transformers renames in v6
 STREAMING = {"sinks": 1, "window": 3}
 
 
