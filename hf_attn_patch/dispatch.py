@@ -164,8 +164,8 @@ class PatchStack(nn.Module):
                 config.edit(program, Call(patch, variant, self.context, program.mask.causal))
         if program.rules and program.mask.packed:
             raise ModelMismatchError(
-                f"{active[0].entry.config.name}: this batch packs several sequences into one row (position ids restart), "
-                "and rules count from the start of the row. Put one sequence in each row"
+                f"{active[0].entry.config.name}: this batch packs several sequences into one row (position ids "
+                "restart), and rules count from the start of the row. Put one sequence in each row"
             )
         if len(active) == 1 or len({p.entry.impl for p in active}) == 1:
             impl = active[0].entry.impl

@@ -20,7 +20,8 @@ from hf_attn_patch.errors import ModelMismatchError
 from hf_attn_patch.testbed.tiny import tiny_inputs, tiny_model
 
 FAMILIES = (
-    "llama", "qwen3", "gemma3_text", "gpt2", "mixtral", "bert", "whisper", "vit", "dinov2", "clip", "siglip", "videomae",
+    "llama", "qwen3", "gemma3_text", "gpt2", "mixtral", "bert", "whisper", "vit", "dinov2", "clip", "siglip",
+    "videomae",
     "llava", "qwen2_5_vl", "gemma3", "gpt_oss",
 )  # fmt: skip
 # forward(input_ids, attention_mask) -> one output per token; decoders also take a cache
