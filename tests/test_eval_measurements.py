@@ -7,6 +7,7 @@ import torch
 
 import hf_attn_patch as hap
 from hf_attn_patch.eval import measurements, pictures
+from hf_attn_patch.eval.demo.common import Size
 from hf_attn_patch.eval.demo.plan import demo_plan, needle_columns
 from hf_attn_patch.eval.demo.undo import UndoProof
 from hf_attn_patch.rules import SinkWindow
@@ -125,3 +126,26 @@ def test_a_demo_plan_fits_the_model_and_restores_its_attention():
     assert model.config._attn_implementation == attention
     with hap.patched(model, "moa", plan=short):
         pass
+
+
+@pytest.mark.parametrize("slow, expected", [(2, 1), (1, 2)])
+def test_one_thread_is_chosen_where_more_are_slower(slow, expected):
+    import time
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run = lambda: time.sleep(0.05 if torch.get_num_threads() == slow else 0.01)
+        assert measurements.fastest_threads(run) == expected and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_demo_shrinks_for_a_slow_machine_and_never_below_one_item():
+    full = Size()
+    assert full.fitting_tokens(1e6, 4) == full and full.fitting_images(1e6, 3) == full
+    half = full.fitting_tokens(500.0, 4)
+    assert 4 * half.tokens / 500 <= 200 and half.passkey_lengths == full.passkey_lengths
+    smallest = full.fitting_tokens(1e-3, 4)
+    assert smallest.rounds == 1 and smallest.passkey_depths == (0.5,)
+    assert full.fitting_images(1e-3, 3).large_images == 0 and full.fitting_images(1e-3, 3).knn_test == 40

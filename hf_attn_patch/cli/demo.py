@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import time
 import warnings
@@ -36,6 +37,8 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
     started, clock = datetime.datetime.now().astimezone(), time.perf_counter()
     console.print("[bold]hf_attn_patch[/] demo: the same live model, dense beside patched\n")
 
+    import torch
+
     from .. import testbed
     from ..eval.demo.common import Size
 
@@ -43,14 +46,18 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
     for name, half in ((LANGUAGE, "language"), (VISION, "vision")):
         if only in (None, half) and not testbed.is_cached(name):
             testbed.path(name)  # before the bars below: fetching shows progress of its own
-    models = []
+    models, threads = [], torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        with Steps(console) as steps:
-            if only != "vision":
-                models.append(language(size, seed, steps))
-            if only != "language":
-                models.append(vision(size, seed, steps))
+        try:
+            with Steps(console) as steps:
+                if only != "vision":
+                    models.append(language(size, seed, steps))
+                torch.set_num_threads(threads)
+                if only != "language":
+                    models.append(vision(size, seed, steps))
+        finally:
+            torch.set_num_threads(threads)
     for model in models:
         print_model(console, model)
 
@@ -65,6 +72,8 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
 
 def language(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
     """The language-model half."""
+    import torch
+
     from .. import testbed
     from ..eval import measurements
     from ..eval.demo import language as half
@@ -77,6 +86,7 @@ def language(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
     patches = half.choices(model, tokenizer)
     ids = measurements.prose_ids(tokenizer, 1024)
     proof = UndoProof(model, {"input_ids": ids[:, :512]})
+    torch.set_num_threads(measurements.fastest_threads(lambda: measurements.prefill(model, ids[:, :512])))
     full, size = size, size.fitting_tokens(1024 / measurements.prefill(model, ids)[0], len(patches) + 1)
     part = half.measure(model, tokenizer, patches, size, seed, steps.under(LANGUAGE))
     return _model(
@@ -86,6 +96,8 @@ def language(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
 
 def vision(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
     """The vision half."""
+    import torch
+
     from .. import testbed
     from ..eval import measurements
     from ..eval.demo import vision as half
@@ -97,6 +109,7 @@ def vision(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
     patches = half.choices()
     pixels = half.pixels_of(model, preprocess, 8, seed)
     proof = UndoProof(model, {"pixel_values": pixels[:4]})
+    torch.set_num_threads(measurements.fastest_threads(lambda: measurements.time_images(model, pixels, 8)))
     full, size = size, size.fitting_images(8 / measurements.time_images(model, pixels, 8), len(patches) + 1)
     parts = half.measure(model, preprocess, patches, size, seed, steps.under(VISION))
     return _model(VISION, "DINOv2-S/14", parts, proof.check(patches["neighborhood 7 × 7"]), size, full)
@@ -105,9 +118,14 @@ def vision(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
 def _model(
     name: str, title: str, parts: list[dict[str, Any]], undo: dict[str, Any], size: Any, full: Any
 ) -> dict[str, Any]:
+    import torch
+
     from .. import testbed
 
     about = parts[0]["model"]
+    threads = torch.get_num_threads()
+    if threads == 1 and (os.cpu_count() or 1) > 1:
+        parts[0]["notes"].append("Run with one thread, which was faster: the other cores are in use.")
     if size != full:
         wanted, used = asdict(full), asdict(size)
         less = ", ".join(f"{k} {used[k]} instead of {wanted[k]}" for k in used if used[k] != wanted[k])
@@ -121,6 +139,7 @@ def _model(
         **about,
         "dtype_reason": CPU_DTYPE if about["device"] == "cpu" else "as loaded.",
         "size": asdict(size),
+        "threads": threads,
         "parts": parts,
         "undo": undo,
     }

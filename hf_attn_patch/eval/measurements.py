@@ -126,6 +126,23 @@ def in_turns(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
     return times
 
 
+def fastest_threads(run: Callable[[], Any], margin: float = 1.15) -> int:
+    """torch's number of threads, or 1 if `run` is clearly faster with one, as it is where others use the cores:
+    every parallel region then waits for a thread that has no core. Leaves the number as it was."""
+    import torch
+
+    threads, seconds = torch.get_num_threads(), {}
+    try:
+        for count in {threads, 1}:
+            torch.set_num_threads(count)
+            start = time.perf_counter()
+            run()
+            seconds[count] = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(threads)
+    return 1 if seconds[threads] > margin * seconds[1] else threads
+
+
 def _wait(model: Any) -> None:
     """A GPU works in the background: its clock is read when it has finished."""
     import torch
