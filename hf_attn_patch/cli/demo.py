@@ -83,7 +83,9 @@ def language(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
     model, tokenizer = testbed.load(LANGUAGE)
     steps.step(f"{LANGUAGE}: load", 1, 1)
     # before the proof: making a plan looks at attention probabilities, for which transformers installs hooks to stay
+    steps.step(f"{LANGUAGE}: per-head plan", 0, 1)
     patches = half.choices(model, tokenizer)
+    steps.step(f"{LANGUAGE}: per-head plan", 1, 1)
     ids = measurements.prose_ids(tokenizer, 1024)
     proof = UndoProof(model, {"input_ids": ids[:, :512]})
     torch.set_num_threads(measurements.fastest_threads(lambda: measurements.prefill(model, ids[:, :512])))
