@@ -52,8 +52,8 @@ def layers_of(handle):
         ((i for i in (1, 2)), [1, 2]),
         ({"0-1": {"window": 2}, 3: {}}, [0, 1, 3]),
     ],
-    ids=str,
-, ids=lambda value: "generator" if hasattr(value, "gi_frame") else str(value))
+    ids=lambda value: "generator" if hasattr(value, "gi_frame") else str(value),  # no address in the id
+)
 def test_layers_in_every_notation(llama, layers, expected):
     with hap.patched(llama, "streaming", **STREAMING, layers=layers) as handle:
         assert layers_of(handle) == expected
