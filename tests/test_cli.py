@@ -179,7 +179,7 @@ def test_demo_runs_end_to_end_on_tiny_models(tiny, tmp_path, monkeypatch, capsys
         "streaming, no sinks": ("streaming", {"sinks": 0, "window": 32}),
         "moa, per-head plan": ("moa", {"plan": plan}),
     }
-    monkeypatch.setattr(language, "choices", lambda model, tokenizer: patches)
+    monkeypatch.setattr(language, "choices", lambda model, tokenizer, folder: patches)
     from hf_attn_patch.eval.demo import vision
 
     windows = {

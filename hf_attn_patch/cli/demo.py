@@ -43,6 +43,7 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
     from ..eval.demo.common import Size
 
     size = Size.quick() if quick else Size()
+    target = folder or Path("runs") / f"{started:%Y-%m-%d}-demo"
     for name, half in ((LANGUAGE, "language"), (VISION, "vision")):
         if only in (None, half) and not testbed.is_cached(name):
             testbed.path(name)  # before the bars below: fetching shows progress of its own
@@ -52,7 +53,7 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
         try:
             with Steps(console) as steps:
                 if only != "vision":
-                    models.append(language(size, seed, steps))
+                    models.append(language(size, seed, steps, target))
                 torch.set_num_threads(threads)
                 if only != "language":
                     models.append(vision(size, seed, steps))
@@ -61,7 +62,6 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
     for model in models:
         print_model(console, model)
 
-    target = folder or Path("runs") / f"{started:%Y-%m-%d}-demo"
     record = make_record(models, started, time.perf_counter() - clock, seed, quick, target)
     write_record(record, target)
     console.print(
@@ -70,7 +70,7 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
     return 0 if all(m["undo"]["undone"] for m in models) else 1
 
 
-def language(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
+def language(size: Any, seed: int, steps: Steps, folder: Path) -> dict[str, Any]:
     """The language-model half."""
     import torch
 
@@ -84,7 +84,7 @@ def language(size: Any, seed: int, steps: Steps) -> dict[str, Any]:
     steps.step(f"{LANGUAGE}: load", 1, 1)
     # before the proof: making a plan looks at attention probabilities, for which transformers installs hooks to stay
     steps.step(f"{LANGUAGE}: per-head plan", 0, 1)
-    patches = half.choices(model, tokenizer)
+    patches = half.choices(model, tokenizer, folder)
     steps.step(f"{LANGUAGE}: per-head plan", 1, 1)
     ids = measurements.prose_ids(tokenizer, 1024)
     proof = UndoProof(model, {"input_ids": ids[:, :512]})
@@ -167,12 +167,19 @@ def part_table(part: Mapping[str, Any], narrow: bool) -> Table:
     """A table of the record for the terminal; a narrow one leaves out what `passkey, all` sums up."""
     from ..report.page import format_ratio, format_value, verdict
 
-    table = Table(title=part["title"] or None, title_justify="left", title_style="", box=None, pad_edge=False)
+    table = Table(
+        title=part["title"] or None,
+        title_justify="left",
+        title_style="",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1),
+    )
     table.add_column("", no_wrap=not narrow)
     columns = [c for c in part["columns"] if c.get("of") is None or not narrow]
     for column in columns:
         arrow = {"lower": " ↓", "higher": " ↑"}.get(column["better"], "")
-        table.add_column(column["label"] + arrow, justify="right")
+        table.add_column("\n".join(column["label"].rsplit(" ", 1)) + arrow, justify="right")
     for row in part["rows"]:
         cells = [row["label"]]
         for column in columns:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ... import api
@@ -151,7 +152,7 @@ def call_text(choice: Choice | None) -> str:
     if choice is None:
         return "the model as it was loaded"
     name, options = choice
-    shown = {k: "smollm2-demo.json" if k == "plan" else v for k, v in options.items()}
+    shown = {k: Path(v).name if k == "plan" and isinstance(v, str) else v for k, v in options.items()}
     return f"hap.patch(model, {json.dumps(name)}{''.join(f', {k}={v!r}' for k, v in shown.items())})"
 
 

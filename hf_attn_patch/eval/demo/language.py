@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping
 from importlib import resources
@@ -28,13 +29,17 @@ def plan_file() -> Path:
     return Path(str(resources.files("hf_attn_patch.patches") / "plans" / "smollm2-demo.json"))
 
 
-def choices(model: Any, tokenizer: Any) -> dict[str, Choice]:
-    """The patches the model is shown with, by label; a plan is made if none ships."""
-    plan: Any = str(plan_file()) if plan_file().is_file() else demo_plan(model, tokenizer)
+def choices(model: Any, tokenizer: Any, folder: Path) -> dict[str, Choice]:
+    """The patches the model is shown with, by label; a plan is made and kept in `folder` if none ships."""
+    plan = plan_file()
+    if not plan.is_file():
+        plan = folder / "moa-plan.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.write_text(json.dumps(demo_plan(model, tokenizer)) + "\n", encoding="utf-8")
     return {
         "streaming, 4 sinks": ("streaming", {"sinks": 4, "window": 256}),
         "streaming, no sinks": ("streaming", {"sinks": 0, "window": 256}),
-        "moa, per-head plan": ("moa", {"plan": plan}),
+        "moa, per-head plan": ("moa", {"plan": str(plan)}),
     }
 
 
