@@ -85,7 +85,6 @@ class Context:
         self.override: dict[str, Any] = {}
         self.output_attentions: bool | None = None
         self.grid: tuple[int, ...] | None = None
-        self.new_tokens: int | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         return copy_with_model(self, memo)
@@ -201,7 +200,6 @@ class Context:
                 cache = DynamicCache(config=module.config)
                 changed = cache
             self._adopt(cache)
-            self.new_tokens = fresh.shape[1]
             seen = int(cache.get_seq_length()) if cache is not None else 0
             self._track_prompt(seen, fresh.shape[1])
             if isinstance(ids, Tensor):

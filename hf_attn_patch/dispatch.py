@@ -127,12 +127,6 @@ class PatchStack(nn.Module):
         PatchStack.live.add(self)
         register()
 
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
     def extra_repr(self) -> str:
         return f"native={self.native!r}"
 
@@ -167,10 +161,8 @@ class PatchStack(nn.Module):
                 f"{active[0].entry.config.name}: this batch packs several sequences into one row (position ids "
                 "restart), and rules count from the start of the row. Put one sequence in each row"
             )
-        if len(active) == 1 or len({p.entry.impl for p in active}) == 1:
-            impl = active[0].entry.impl
-        else:  # one forced choice wins over auto; two different forced ones were refused at patch time
-            impl = next(p.entry.impl for p in active if p.entry.impl != "auto")
+        # one forced choice wins over auto; two different forced ones were refused at patch time
+        impl = next((p.entry.impl for p in active if p.entry.impl != "auto"), "auto")
         result = attention(program, impl)
         for patch in active:
             patch.last = summary(program, result)

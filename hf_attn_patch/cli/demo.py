@@ -49,6 +49,7 @@ def run_demo(folder: Path | None, *, quick: bool = False, only: str | None = Non
             testbed.path(name)  # before the bars below: fetching shows progress of its own
     models, threads = [], torch.get_num_threads()
     with warnings.catch_warnings():
+        # deprecations inside torch and transformers: nothing that somebody who watches the demo could change
         warnings.simplefilter("ignore", FutureWarning)
         try:
             with Steps(console) as steps:

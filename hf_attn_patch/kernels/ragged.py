@@ -46,10 +46,6 @@ class RaggedKV:
         return torch.Size((key.shape[0], sum(len(g.heads) for g in self.groups), self.seen, key.shape[-1]))
 
     @property
-    def value_dim(self) -> int:
-        return self.groups[0].value.shape[-1]
-
-    @property
     def device(self) -> torch.device:
         return self.groups[0].key.device
 
