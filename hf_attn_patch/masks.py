@@ -171,6 +171,27 @@ class Mask:
         return [0] * self.batch if self.padding is None else self.start.tolist()
 
     @functools.cached_property
+    def real_spans(self) -> list[tuple[int, int]] | None:
+        """Per row of the batch the columns [first, end) of the real keys that are there; None if some row has holes.
+
+        A row of padding only has an empty span. One device synchronisation per forward.
+        """
+        end = self.kv_offset + self.kv_len
+        if self.causal:
+            end = min(end, self.q_offset + self.q_len)
+        if not self.has_padding:
+            return [(self.kv_offset, end)] * self.batch
+        assert self.padding is not None
+        real = self.padding[:, self.kv_offset : end].expand(self.batch, -1)
+        first, count = real.to(torch.int8).argmax(-1), real.sum(-1)
+        columns = torch.arange(real.shape[1], device=real.device)
+        solid = (columns >= first[:, None]) & (columns < (first + count)[:, None])
+        if not torch.equal(solid, real.bool()):
+            return None
+        first = first + self.kv_offset
+        return [(a, a + n) for a, n in zip(first.tolist(), count.tolist())]
+
+    @functools.cached_property
     def only_left_padding(self) -> bool:
         """True if padding, where present, is a run at the left end of each row: rows are then plain shorter rows."""
         if not self.has_padding:

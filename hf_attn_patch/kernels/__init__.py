@@ -6,6 +6,7 @@ triton, torch, reference that can run the program, and reports why the ones befo
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -55,19 +56,28 @@ def executor(name: str) -> Any:
     return importlib.import_module(f".{_MODULES[name]}", __name__)
 
 
-def unavailable(name: str, device: torch.device) -> str | None:
-    """Reason executor `name` can run nothing at all on `device`, or None; known before any forward."""
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def unavailable(name: str, device: torch.device, forced: bool = True) -> str | None:
+    """Reason executor `name` can run nothing at all on `device`, or None; known before any forward.
+
+    forced: somebody asked for it by name. The Triton interpreter runs on a CPU only then: it is slow.
+    """
     if name == "triton":
-        if importlib.util.find_spec(f"{__name__}.triton") is None:
-            return "the Triton kernels are not part of this version"
-        if device.type not in ("cuda", "xpu", "hip"):
-            return f"Triton kernels need a GPU, the tensors are on {device.type}"
+        if device.type == "cpu" and not forced:
+            return "the tensors are on cpu"
+        if not _installed("triton"):
+            return "triton is not installed (pip install 'hf_attn_patch[triton]')"
+        return executor(name).is_available(device)
     return None
 
 
-def why_not(name: str, program: Program) -> str | None:
+def why_not(name: str, program: Program, forced: bool = True) -> str | None:
     """Reason executor `name` cannot run `program`, or None if it can."""
-    if (reason := unavailable(name, program.query.device)) is not None:
+    if (reason := unavailable(name, program.query.device, forced)) is not None:
         return reason
     if program.need_weights and name != "reference":
         return "attention probabilities were asked for, only the reference executor keeps them"
@@ -87,7 +97,7 @@ def attention(program: Program, impl: str = "auto") -> Result:
     check_impl(impl)
     refusals: list[str] = []
     for name in _ORDER if impl == "auto" else (impl,):
-        reason = why_not(name, program)
+        reason = why_not(name, program, impl != "auto")
         if reason is None:
             output, weights = executor(name).run(program)
             text = "forced" if impl != "auto" else "; ".join(refusals) or "first choice"

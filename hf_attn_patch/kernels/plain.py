@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..masks import Mask
 from ..program import Program
 from ..rules import Rule
 from .buckets import attend_plan
@@ -28,7 +27,7 @@ def run_plain(program: Program) -> Tensor:
     mask = program.mask
     if not mask.arithmetic or mask.kv_offset or program.dropout or program.query.device.type != "cpu":
         return run_rows(program)
-    spans = real_spans(mask)
+    spans = mask.real_spans
     if spans is None or program.q_len < FEW_ROWS:
         return run_rows(program)
     query, key, value = program.query, program.key, program.value
@@ -44,21 +43,6 @@ def run_plain(program: Program) -> Tensor:
         for i, out in zip(items, part):
             outputs[i] = out
     return torch.stack(outputs)  # type: ignore[arg-type]
-
-
-def real_spans(mask: Mask) -> list[tuple[int, int]] | None:
-    """Per row of the batch the columns [first, end) of its real keys; None if some row has holes."""
-    end = min(mask.kv_len, mask.q_offset + mask.q_len) if mask.causal else mask.kv_len
-    if not mask.has_padding:
-        return [(0, end)] * mask.batch
-    assert mask.padding is not None
-    real = mask.padding[:, :end].expand(mask.batch, -1)
-    first, count = real.to(torch.int8).argmax(-1), real.sum(-1)
-    columns = torch.arange(end, device=real.device)
-    solid = (columns >= first[:, None]) & (columns < (first + count)[:, None])
-    if not torch.equal(solid, real.bool()):
-        return None
-    return [(a, a + n) for a, n in zip(first.tolist(), count.tolist())]
 
 
 def _span(

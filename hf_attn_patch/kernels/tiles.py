@@ -209,11 +209,18 @@ def _elements(
 
 def pack(seen: Tensor) -> Tensor:
     """bool [T, q, k] -> int32 [T, q, k / 32]; key j is bit j % 32 of word j // 32."""
-    words = np.packbits(seen.cpu().numpy(), axis=-1, bitorder="little").view("<i4")
-    return torch.from_numpy(words.astype(np.int32)).to(seen.device)
+    if seen.device.type == "cpu":
+        words = np.packbits(seen.contiguous().numpy(), axis=-1, bitorder="little").view("<i4")
+        return torch.from_numpy(words.astype(np.int32))
+    bit = torch.arange(32, device=seen.device)
+    words = (seen.unflatten(-1, (-1, 32)).long() << bit).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 def unpack(bits: Tensor) -> Tensor:
     """int32 [T, q, k / 32] -> bool [T, q, k]."""
-    bytes_ = bits.cpu().contiguous().numpy().astype("<i4").view(np.uint8)
-    return torch.from_numpy(np.unpackbits(bytes_, axis=-1, bitorder="little").astype(bool)).to(bits.device)
+    if bits.device.type == "cpu":
+        bytes_ = bits.contiguous().numpy().astype("<i4").view(np.uint8)
+        return torch.from_numpy(np.unpackbits(bytes_, axis=-1, bitorder="little").astype(bool))
+    bit = torch.arange(32, device=bits.device)
+    return ((bits[..., None] >> bit) & 1).bool().flatten(-2)

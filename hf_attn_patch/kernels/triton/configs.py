@@ -1,0 +1,103 @@
+"""Block sizes, warps and stages per (kernel, architecture, head dimension, dtype): a small table, not an autotuner.
+
+The rows are design points from ahead-of-time compilation (no spills, shared memory fits, see docs/kernels.md). A
+file of measured rows, written by `tune`, takes precedence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .launch import interpreted, recording_active, target_of
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tokens per block of queries and of keys, and Triton's `num_warps` and `num_stages`."""
+
+    block_q: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+# kernel -> architecture ("" = any other) -> rows (largest head dimension, largest item size in bytes, Config); first fit
+TABLE: dict[str, dict[str, list[tuple[int, int, Config]]]] = {}  # filled by `rows` in each kernel file
+INTERPRETER = Config(32, 32, 1, 1)
+
+_forced: dict[str, Config] = {}
+
+
+def rows(kernel: str, **architectures: list[tuple[int, int, Config]]) -> None:
+    """Declare the table of a kernel; `other` stands for every architecture that is not named."""
+    TABLE[kernel] = {"" if name == "other" else name: table for name, table in architectures.items()}
+
+
+def config(kernel: str, device: torch.device, dim: int, dtype: torch.dtype) -> Config:
+    """Configuration of a kernel for heads of dimension `dim` (the larger of D and Dv)."""
+    if kernel in _forced:
+        return _forced[kernel]
+    if interpreted() and not recording_active():
+        return INTERPRETER
+    target = target_of(device).name
+    tuned = _tuned().get(f"{kernel}/{target}/{dim}/{dtype.itemsize}")
+    if tuned is not None:
+        return tuned
+    table = TABLE[kernel]
+    for largest, size, found in table.get(target) or table[""]:
+        if dim <= largest and dtype.itemsize <= size:
+            return found
+    raise ValueError(f"{kernel}: no configuration for head dimension {dim} in {dtype}")
+
+
+@contextlib.contextmanager
+def forced(kernel: str, chosen: Config) -> Iterator[None]:
+    """Use `chosen` for `kernel` (tests and tuning)."""
+    before = _forced.get(kernel)
+    _forced[kernel] = chosen
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[kernel]
+        else:
+            _forced[kernel] = before
+
+
+# -- measured rows ------------------------------------------------------------------------------------------------
+
+_loaded: dict[Path, dict[str, Config]] = {}
+
+
+def tuned_path() -> Path:
+    """Where measured configurations of this GPU live (HF_ATTN_PATCH_CACHE, default ~/.cache/hf_attn_patch)."""
+    root = Path(os.environ.get("HF_ATTN_PATCH_CACHE", Path.home() / ".cache" / "hf_attn_patch"))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no gpu"
+    return root / "kernels" / f"{name.replace(' ', '-').replace('/', '-')}.json"
+
+
+def _tuned() -> dict[str, Config]:
+    path = tuned_path()
+    if path not in _loaded:
+        rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        _loaded[path] = {key: Config(**row) for key, row in rows.items()}
+    return _loaded[path]
+
+
+def remember(kernel: str, device: torch.device, dim: int, dtype: torch.dtype, chosen: Config) -> Path:
+    """Write a measured configuration to the cache file; later calls (and processes) use it."""
+    path = tuned_path()
+    rows = dict(_tuned())
+    rows[f"{kernel}/{target_of(device).name}/{dim}/{dtype.itemsize}"] = chosen
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({key: asdict(row) for key, row in sorted(rows.items())}, indent=1))
+    _loaded[path] = rows
+    return path

@@ -1,0 +1,124 @@
+"""From a `Program`'s mask and rules to what the layout kernels read: one `BlockLayout`, and the padding of each row.
+
+Rules speak of positions from the first real token, so a left-padded row is a shorter row: rows that start at the
+same position share one layout, others get their own, stacked into one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...program import Program
+from ...rules import Rule
+from ..layout import BlockLayout, layout_for
+from .layout_attention import Padding
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch as a layout sees it: queries, keys, position of the first query."""
+
+    q_len: int
+    kv_len: int
+    q_offset: int
+
+
+def why_not(program: Program) -> str | None:
+    """Reason mask and rules of `program` cannot become a layout, or None."""
+    mask, rule = program.mask, program.rule
+    if not mask.arithmetic:
+        return "the model brought a mask of its own (a tensor or a custom rule), which is no arithmetic of positions"
+    spans = mask.real_spans
+    if spans is None:
+        return "the padding has holes inside a row"
+    if rule is not None and mask.kv_offset:
+        return "rules over a sliding cache that dropped its first keys"
+    left = any(first > mask.kv_offset for first, _ in spans)
+    if left and not mask.causal and (rule is not None or mask.window is not None):
+        return "left padding of a bidirectional model under a rule or window"
+    if mask.has_padding and rule is not None and rule.required_len() is not None:
+        return "padding under a rule that is tied to a grid"
+    if mask.causal and mask.q_offset < mask.kv_offset:
+        return "queries before the first key of the cache"
+    return None
+
+
+def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, Padding]:
+    """Layout and padding of a program that `why_not` accepts."""
+    mask = program.mask
+    spans = mask.real_spans
+    assert spans is not None
+    L, offset = mask.q_len, mask.q_offset - mask.kv_offset
+    rows, query_first, key_first, key_length = [], [], [], []
+    for first, end in spans:
+        first, end = first - mask.kv_offset, end - mask.kv_offset
+        before = min(max(first - offset, 0), L) if mask.causal else 0
+        rows.append(Row(L - before, end - first, max(offset - first, 0) if mask.causal else offset))
+        query_first.append(before)
+        key_first.append(first)
+        key_length.append(end - first)
+    shared = _shared(rows)
+    device = program.query.device
+    window = mask.window
+    if len(set(shared)) == 1:
+        row = shared[0]
+        layout = layout_for(program.rule, row.q_len, row.kv_len, row.q_offset, mask.causal, window, block_q, block_k, device)  # fmt: skip
+    else:
+        layout = stacked(program.rule, tuple(shared), mask.causal, window, block_q, block_k, device)
+    # a key behind the end of a row must be checked for, unless no query of the row is late enough to see it
+    exposed = any(
+        row.kv_len < wide.kv_len and (not mask.causal or row.q_offset + row.q_len > row.kv_len)
+        for row, wide in zip(rows, shared)
+    )
+
+    def numbers(values: list[int], needed: bool) -> Tensor | None:
+        if not needed:
+            return None
+        key = f"triton {values}"
+        if key not in mask._native:  # the layers of a forward share their mask
+            mask._native[key] = torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+        return mask._native[key]
+
+    return layout, Padding(
+        numbers(query_first, any(query_first)), numbers(key_first, any(key_first)), numbers(key_length, exposed)
+    )
+
+
+def _shared(rows: list[Row]) -> list[Row]:
+    """Per row the (larger) row whose layout it can use: those that start at the same position share one."""
+    widest: dict[int, Row] = {}
+    for row in rows:
+        known = widest.get(row.q_offset, row)
+        widest[row.q_offset] = Row(max(row.q_len, known.q_len), max(row.kv_len, known.kv_len), row.q_offset)
+    return [widest[row.q_offset] for row in rows]
+
+
+@functools.lru_cache(maxsize=64)
+def stacked(
+    rule: Rule | None, rows: tuple[Row, ...], causal: bool, window: int | None, block_q: int, block_k: int,
+    device: torch.device,
+) -> BlockLayout:  # fmt: skip
+    """One layout with batch = len(rows) from the layouts of the rows."""
+    parts = [layout_for(rule, r.q_len, r.kv_len, r.q_offset, causal, window, block_q, block_k, device) for r in rows]
+    longest = max(parts, key=lambda part: part.q_blocks)
+    pointers, full, index, tile, bits = [torch.zeros(1, dtype=torch.int32, device=device)], [], [], [], []
+    entries = tiles = 0
+    for part in parts:
+        # a shorter row has empty block rows at the end of each head
+        missing = longest.q_blocks - part.q_blocks
+        counts = part.row_ptr.diff().reshape(part.heads, part.q_blocks)
+        counts = torch.nn.functional.pad(counts, (0, missing)).reshape(-1)
+        pointers.append((counts.cumsum(0) + entries).int())
+        full.append(torch.nn.functional.pad(part.full_count.reshape(part.heads, -1), (0, missing)).reshape(-1))
+        index.append(part.index)
+        tile.append(torch.where(part.tile >= 0, part.tile + tiles, part.tile))
+        bits.append(part.bits)
+        entries, tiles = entries + part.entries, tiles + part.bits.shape[0]
+    return replace(
+        longest, batch=len(rows), q_len=max(r.q_len for r in rows), kv_len=max(r.kv_len for r in rows), row_ptr=torch.cat(pointers),
+        full_count=torch.cat(full), index=torch.cat(index), tile=torch.cat(tile).int(), bits=torch.cat(bits), cached={},
+    )  # fmt: skip

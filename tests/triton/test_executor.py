@@ -1,0 +1,168 @@
+"""The Triton executor computes what the reference says, or refuses with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_attn_patch.kernels import UnsupportedProgram, attention, why_not
+from hf_attn_patch.rules import SinkWindow
+from tests.kernels.budget import assert_within_budget, cast
+from tests.kernels.cases import all_edits, all_masks, all_rules, classes, edit, make
+
+MASKS, EDITS, RULES = all_masks(), all_edits(), all_rules()
+DTYPES = [torch.float32, torch.float16]
+NO_KERNEL = ("opaque rule", "opaque rule, padded", "given bool", "given float", "hole in padding",
+             "hole in padding, bidirectional")  # fmt: skip
+pytestmark = pytest.mark.usefixtures("fresh_buffers_hold_nan")
+
+
+def holds(program, dtype=torch.float32, gradients=False):
+    """Within the budget, or refused with a reason (which the caller then expects)."""
+    reason = why_not("triton", cast(program, dtype))
+    assert reason is None, reason
+    assert_within_budget(program, "triton", dtype, gradients)
+
+
+@pytest.mark.parametrize("name", [n for n in MASKS if n not in NO_KERNEL])
+def test_every_mask(name):
+    holds(MASKS[name](), gradients=True)
+
+
+@pytest.mark.parametrize("name", [n for n in MASKS if n not in NO_KERNEL])
+def test_every_mask_with_a_rule(name):
+    program = MASKS[name]()
+    program.restrict(SinkWindow(3, 12))
+    reason = why_not("triton", cast(program, torch.float32))
+    if name in ("left padding, bidirectional", "sliding cache"):
+        assert reason is not None and ("left padding" in reason or "sliding cache" in reason)
+    else:
+        holds(program, gradients=True)
+
+
+@pytest.mark.parametrize("name", NO_KERNEL)
+def test_masks_that_are_no_arithmetic_are_refused_and_auto_takes_torch(name):
+    program = cast(MASKS[name](), torch.float32)
+    with pytest.raises(UnsupportedProgram, match="not triton: (the model brought|the padding has holes)"):
+        attention(program, "triton")
+    assert attention(program, "auto").executor == "torch"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule(name):
+    rule, arguments = RULES[name]
+    program = make(**{"B": 1, **arguments})
+    program.restrict(rule)
+    holds(program, gradients=name in ("sink window per query head", "sink window per KV head",
+                                      "neighborhood 2d dilated", "neighborhood 2d prefix"))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sink window per KV head", "sink window per query head"])
+@pytest.mark.parametrize("mask", ["left", "right", "chunk", "window", "bidirectional"])
+def test_rules_per_head_meet_every_padding(name, mask):
+    rule, _ = RULES[name]
+    options = {
+        "left": dict(pads=[(0, 0), (30, 0)]),
+        "right": dict(pads=[(0, 0), (0, 30)]),
+        "chunk": dict(L=45, S=90, pads=[(50, 0), (0, 0)]),
+        "window": dict(window=17),
+        "bidirectional": dict(causal=False),
+    }[mask]
+    program = make(**{"L": 90, **options})
+    program.restrict(rule)
+    holds(program, gradients=mask == "chunk")
+
+
+@pytest.mark.parametrize("L", [1, 2, 15, 63, 65, 111, 257])
+@pytest.mark.parametrize("Hkv", [1, 2, 4])
+@pytest.mark.parametrize("rule", [None, SinkWindow((2, 4), (20, 50))], ids=["dense", "two"])
+def test_odd_lengths_and_kv_heads(L, Hkv, rule):
+    if rule is not None and Hkv == 1:
+        rule = SinkWindow((2, 4, 1, 0), (20, 50, 7, 30))
+    program = make(L=L, Hkv=Hkv, pads=[(0, 0), (L // 3, 0)])
+    if rule is not None:
+        program.restrict(rule)
+    holds(program, gradients=L in (15, 65))
+
+
+@pytest.mark.parametrize(
+    "D, Dv", [(16, 16), (32, 32), (40, 40), (64, 80), (72, 72), (80, 16), (96, 64), (24, 40), (128, 128),
+              (160, 160), (192, 128), (256, 256)]
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims(D, Dv, dtype):
+    program = make(B=1, H=2, Hkv=1, L=70, D=D, Dv=Dv)
+    program.restrict(SinkWindow(4, 30))
+    holds(program, dtype, gradients=True)
+
+
+@pytest.mark.parametrize("where", ["causal", "left padding", "right padding, bidirectional", "chunk with cache"])
+@pytest.mark.parametrize("name", [n for n in EDITS if "mass" not in n and n != "mean_abs"])
+def test_every_edit(name, where):
+    program = MASKS[where]()
+    program.classify(classes(program))
+    program = EDITS[name](program)
+    holds(program, gradients=where in ("causal", "chunk with cache"))
+
+
+@pytest.mark.parametrize("name", ["two score edits", "softcap", "head gate", "blend mean value", "query scale"])
+def test_edits_in_half_precision(name):
+    program = make()
+    program.classify(classes(program))
+    holds(EDITS[name](program), torch.float16, gradients=True)
+
+
+def test_edits_combine_with_rules_and_gates():
+    program = make(L=130, pads=[(0, 0), (20, 0)])
+    program.classify(classes(program))
+    program.restrict(SinkWindow((4, 1), (30, 60)))
+    for name in ("add tensor on heads", "softcap", "query scale", "head gate", "blend value"):
+        program = EDITS[name](program)
+    holds(program, gradients=True)
+
+
+@pytest.mark.parametrize("heads", [(0,), (1, 2), (0, 1, 2, 3)])
+def test_a_rule_on_some_heads(heads):
+    program = make(L=130, pads=[(0, 0), (20, 0)])
+    program.restrict(SinkWindow(4, 30), heads)
+    holds(program)
+
+
+def test_fully_masked_rows_are_zero_and_send_no_gradient():
+    program = cast(make(pads=[(17, 0), (0, 0)]), torch.float32)
+    for name in ("query", "key", "value"):
+        getattr(program, name).requires_grad_(True)
+    out = attention(program, "triton").output
+    assert not out[0, :, :17].any()
+    grads = torch.autograd.grad(out.sum(), (program.query, program.key, program.value))
+    assert not grads[0][0, :, :17].any() and not grads[1][0, :, :17].any() and not grads[2][0, :, :17].any()
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+def test_transposed_inputs_as_transformers_gives_them():
+    program = make(L=77)
+    for name in ("query", "key", "value"):
+        x = getattr(program, name)
+        setattr(program, name, x.transpose(1, 2).contiguous().transpose(1, 2))
+    holds(program, gradients=True)
+
+
+def test_the_output_lies_in_memory_as_the_output_projection_reads_it():
+    out = attention(cast(make(L=40), torch.float32), "triton").output
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_a_trained_gate_gets_its_gradient():
+    gate = torch.rand(4, dtype=torch.float32)
+    grads = []
+    for impl in ("triton", "reference"):
+        g = gate.clone().requires_grad_(True)
+        program = edit(cast(make(B=1), torch.float32), head_gate=g)
+        grads.append(torch.autograd.grad(attention(program, impl).output.pow(2).sum(), g)[0])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype, reason", [(torch.float64, "float64"), (torch.float32, None)], ids=str)
+def test_dtypes_without_a_kernel_are_refused(dtype, reason):
+    found = why_not("triton", cast(make(), dtype))
+    assert found is None if reason is None else reason in found
