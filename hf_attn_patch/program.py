@@ -46,6 +46,40 @@ class ScoreEdit:
     heads: Heads = None
 
 
+@dataclass(frozen=True)
+class MassTransfer:
+    """Weights of a `MassEdit` as data, which a kernel can apply while it still holds the masses.
+
+    In rows that qualify, class c keeps ``1 - take[c]`` of its mass, and what is taken goes to class `give` in
+    proportion; rows keep their sum. A row qualifies when the classes `within` hold at least `min_mass`, the classes
+    `limited` at most `max_share` of that (their mass over ``within mass + count_eps * number of within keys``), and
+    class `give` holds anything at all.
+
+    take: fraction per class, length C. give, within, limited: class numbers.
+    """
+
+    take: tuple[float, ...]
+    give: int
+    within: tuple[int, ...] = ()
+    limited: tuple[int, ...] = ()
+    min_mass: float = 0.0
+    max_share: float = 1.0
+    count_eps: float = 0.0
+
+    def __call__(self, masses: Tensor, counts: Tensor, columns: Tensor) -> Tensor:
+        """Factors [B, H, L, C] from masses and counts of that shape (counts may broadcast over H)."""
+        within = masses[..., list(self.within)].sum(-1)
+        number = counts[..., list(self.within)].sum(-1)
+        share = masses[..., list(self.limited)].sum(-1) / (within + self.count_eps * number).clamp(min=1e-30)
+        gets = masses[..., self.give]
+        chosen = (share <= self.max_share) & (within >= self.min_mass) & (gets > 0)
+        take = masses.new_tensor(self.take)
+        moved = (masses * take).sum(-1)
+        factors = (1 - take).expand(masses.shape).clone()
+        factors[..., self.give] += moved / torch.where(gets > 0, gets, torch.ones_like(gets))
+        return torch.where(chosen[..., None], factors, torch.ones_like(factors))
+
+
 @dataclass
 class MassEdit:
     """Change of probabilities after softmax that is constant within a key class.
@@ -53,7 +87,7 @@ class MassEdit:
     weights: called with (masses [B, H, L, C], counts [B, 1, L, C], columns int64 [L]) where `masses` is the
         probability of each class, `counts` the number of visible keys of each class and `columns` the column of
         each query row; returns factors [B, H, L, C] by which the probabilities of a class are multiplied.
-    classes: C, the number of key classes.
+    classes: C; every key's class is one of 0 … C - 1.
     rows: bool [B|1, L]; rows that are False keep their probabilities. None = every row.
     """
 
@@ -86,6 +120,7 @@ class Program:
         sink_logits: [H], one extra logit per head that takes part in the softmax and has no value (gpt-oss).
         key_class: int8 [B, S_columns], class of the key at each *column*; 0 = no class.
         head_gate: broadcastable to [B, L, H], multiplies the head's output.
+        gate_is_sparse: many gates are exactly 0, so an executor may skip those (head, token) pairs (a hint, not a change).
         operator: what replaces softmax attention; only "softmax" so far.
     """
 
@@ -104,6 +139,7 @@ class Program:
     mass_edits: list[MassEdit] = field(default_factory=list)
     blends: list[Blend] = field(default_factory=list)
     head_gate: Tensor | None = None
+    gate_is_sparse: bool = False
     operator: str = "softmax"
     dropout: float = 0.0
     need_weights: bool = False
@@ -149,8 +185,12 @@ class Program:
         """Read only the keys of `rule` (on the listed query heads; the others read everything they may)."""
         self.rules.append(rule if heads is None else OnHeads(rule, tuple(heads), self.num_heads))
 
-    def gate(self, gate: Tensor, heads: Heads = None) -> None:
-        """Multiply head outputs by `gate`, broadcastable to [B, L, H] (with `heads`: to [B, L, len(heads)])."""
+    def gate(self, gate: Tensor, heads: Heads = None, sparse: bool = False) -> None:
+        """Multiply head outputs by `gate`, broadcastable to [B, L, H] (with `heads`: to [B, L, len(heads)]).
+
+        sparse: many gates are exactly 0 (a router that picks heads per token), and computing those is a waste.
+        """
+        self.gate_is_sparse |= sparse
         if heads is not None:
             full = torch.ones((*gate.shape[:-1], self.num_heads), dtype=gate.dtype, device=gate.device)
             full[..., list(heads)] = gate.expand(*gate.shape[:-1], len(heads))

@@ -34,6 +34,8 @@ def _use_triton(x: Tensor, impl: str) -> bool:
         reason: str | None = "triton is not installed"
     else:
         reason = launch.is_available(x.device)
+        if reason is None and (x.dtype == torch.float64 or x.shape[-1] > 256):
+            reason = f"heads of dimension {x.shape[-1]} in {x.dtype}; kernels take up to 256 and no float64"
     if reason is not None and impl == "triton":
         raise RuntimeError(f"impl='triton' cannot score blocks: {reason}")
     return reason is None

@@ -1,7 +1,7 @@
 """Linear attention and LoLCATs' window + linear hybrid: the formulas in plain torch, and who runs them.
 
-Feature maps are the caller's business: `fq` and `fk` are phi_q(q) and phi_k(k), already non-negative if the method wants
-that. Per query head, row i, key j (Hedgehog arXiv 2402.04347, LinFusion arXiv 2409.02097, LoLCATs arXiv 2410.10254)::
+Feature maps are the caller's business: `fq` and `fk` are phi_q(q) and phi_k(k), already non-negative if the method
+wants that. Per query head, row i, key j (Hedgehog arXiv 2402.04347, LinFusion 2409.02097, LoLCATs 2410.10254)::
 
     linear   a_ij = fq_i . fk_j                        out_i = sum_j a_ij v_j / (sum_j a_ij + eps)
     hybrid   s_ij = scale q_i . k_j,  c_i = max of s_ij over the window W(i)
@@ -48,7 +48,7 @@ Mode = Literal["sliding", "terrace"]
 EPS = 1e-12  # HazyResearch/lolcats, linear_attention.py; LinFusion's mean-based 1e-4 is `eps=1e-4 * S` here
 
 
-# -- choosing -------------------------------------------------------------------------------------------------------
+# -- choosing ------------------------------------------------------------------------------------------------
 
 
 def _choose(impl: str, tensor: Tensor) -> str:
@@ -107,7 +107,7 @@ def _per_head(factor: Tensor | float, heads: int, like: Tensor) -> Tensor:
     return factor.expand(heads)
 
 
-# -- linear attention -------------------------------------------------------------------------------------------------
+# -- linear attention ----------------------------------------------------------------------------------------
 
 
 def linear_attention(
@@ -225,7 +225,7 @@ def linear_step(
     return out.to(dtype), state
 
 
-# -- window + linear ----------------------------------------------------------------------------------------------------
+# -- window + linear -----------------------------------------------------------------------------------------
 
 
 def window_linear_attention(
@@ -253,8 +253,8 @@ def window_linear_attention(
             w keys up to the own one, and the whole block before it.
         window_factor: g, a number or a tensor of H elements. linear_factor: l, likewise (1, or 1 - g).
         key_mask: bool or uint8 [B, S], False = padding.
-        align: where the blocks of a terrace start. ``start``: at position 0. ``end``: the last block is whole, as in the
-            original code; then an output depends on the length of the sequence. (The original also adds the linear
+        align: where the blocks of a terrace start. ``start``: at position 0. ``end``: the last block is whole, as in
+            the original code; then an output depends on the length of the sequence. (The original also adds the linear
             term on top of the window when L <= w, a slip that is not reproduced.)
 
     Returns:

@@ -8,7 +8,7 @@ import torch
 from hf_attn_patch.kernels import UnsupportedProgram, attention, why_not
 from hf_attn_patch.rules import SinkWindow
 from tests.kernels.budget import assert_within_budget, cast
-from tests.kernels.cases import all_edits, all_masks, all_rules, classes, edit, make
+from tests.kernels.cases import all_edits, all_masks, all_rules, classes, edit, make, ragged
 
 MASKS, EDITS, RULES = all_masks(), all_edits(), all_rules()
 DTYPES = [torch.float32, torch.float16]
@@ -34,10 +34,16 @@ def test_every_mask_with_a_rule(name):
     program = MASKS[name]()
     program.restrict(SinkWindow(3, 12))
     reason = why_not("triton", cast(program, torch.float32))
-    if name in ("left padding, bidirectional", "sliding cache"):
-        assert reason is not None and ("left padding" in reason or "sliding cache" in reason)
+    if name == "left padding, bidirectional":
+        assert reason is not None and "left padding" in reason
     else:
         holds(program, gradients=True)
+
+
+def test_a_rule_over_a_cache_that_dropped_its_first_keys_is_refused_beyond_decoding():
+    program = cast(make(L=40, S=80, q_offset=75, kv_offset=35, window=36), torch.float32)
+    program.restrict(SinkWindow(3, 12))
+    assert "sliding cache" in why_not("triton", program)
 
 
 @pytest.mark.parametrize("name", NO_KERNEL)
@@ -166,3 +172,58 @@ def test_a_trained_gate_gets_its_gradient():
 def test_dtypes_without_a_kernel_are_refused(dtype, reason):
     found = why_not("triton", cast(make(), dtype))
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("L", [1, 7])
+@pytest.mark.parametrize("mask", ["plain", "left padding", "hole", "window", "sliding cache", "bidirectional", "given"])
+@pytest.mark.parametrize("rule", [None, SinkWindow((4, 0), (20, 50)), SinkWindow((4, 0, 1, 2), (20, 50, 9, 30))],
+                         ids=["no rule", "per KV head", "per query head"])  # fmt: skip
+def test_decoding(L, mask, rule):
+    hole = torch.ones(2, 97, dtype=torch.bool)
+    hole[0, 20:30] = hole[1, :9] = False
+    options = {
+        "plain": {},
+        "left padding": dict(pads=[(30, 0), (0, 0)]),
+        "hole": dict(padding=hole),
+        "window": dict(window=33, pads=[(30, 0), (0, 0)]),
+        "sliding cache": dict(q_offset=130 - L, kv_offset=33, window=60),
+        "bidirectional": dict(causal=False, pads=[(0, 9), (0, 0)]),
+        "given": dict(causal=False, given=torch.rand(2, 1, L, 97, generator=torch.Generator().manual_seed(3)) < 0.5),
+    }[mask]
+    program = make(L=L, S=97, **options)
+    if rule is not None:
+        program.restrict(rule)
+    holds(program)
+
+
+@pytest.mark.parametrize("name", ["softcap", "sink logits", "head gate", "query scale"])
+def test_decoding_with_edits_that_the_kernel_knows(name):
+    program = EDITS[name](make(L=3, S=97, pads=[(30, 0), (0, 0)]))
+    program.restrict(SinkWindow((4, 0), (20, 50)))
+    holds(program)
+
+
+@pytest.mark.parametrize("L", [1, 7, 40])
+@pytest.mark.parametrize("pads", [None, [0, 40]], ids=["", "padded"])
+@pytest.mark.parametrize("name", [None, "softcap", "sink logits", "head gate"])
+def test_a_cache_with_a_span_per_kv_head(L, pads, name):
+    program = ragged(L, [20, 50, 20], pads=pads)
+    program.restrict(SinkWindow((4, 4, 4), (18, 44, 12)))
+    holds(EDITS[name](program) if name else program)
+
+
+def test_edits_over_a_cache_with_a_span_per_kv_head_are_refused():
+    program = ragged(1, [20, 50, 20])
+    program.classify(classes(make(B=2, S=70)))
+    assert "span per KV head" in why_not("triton", cast(EDITS["mass"](program), torch.float32))
+
+
+@pytest.mark.parametrize("where", ["causal", "left padding", "right padding, bidirectional", "chunk with cache, padded",
+                                   "sliding window", "static cache"])  # fmt: skip
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_closed_heads_are_not_computed(where, share):
+    program = MASKS[where]()
+    gate = torch.rand(program.batch, program.q_len, program.num_heads, generator=torch.Generator().manual_seed(4))
+    open_ = torch.rand(gate.shape, generator=torch.Generator().manual_seed(5)) < share
+    program.gate((gate * open_).double(), sparse=True)
+    holds(program, gradients=where in ("causal", "chunk with cache, padded"))

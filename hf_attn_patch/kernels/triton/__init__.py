@@ -6,16 +6,22 @@ means for them is decided here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...program import Program, head_selector
+from ...program import Heads, MassTransfer, Program, head_selector
 from .. import reference
+from ..layout import BlockLayout
 from . import geometry
+from .classes import MAX_CLASSES, class_attention
 from .configs import config
+from .decoding import decoded, decodes
 from .launch import is_available
-from .layout_attention import MAX_EDITS
+from .layout_attention import MAX_EDITS, Padding
 from .layout_attention import layout_attention as attend_layout
+from .ragged_queries import ragged_query_attention, token_lists
 
 MAX_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,10 +38,14 @@ def why_not(program: Program) -> str | None:
         return f"operator {program.operator!r} has no kernel in this executor"
     if program.dropout:
         return "attention dropout"
+    if decodes(program):
+        return None
     if program.ragged:
-        return "a cache with a span per KV head"
-    if program.mass_edits:
-        return "mass edits"
+        return "edits, gradients or per-query-head rules over a cache with a span per KV head"
+    if program.mass_edits and max(e.classes for e in program.mass_edits) > MAX_CLASSES:
+        return f"mass edits over more than {MAX_CLASSES} key classes"
+    if program.mass_edits and _needs_grad(program):
+        return "gradients through mass edits"
     for edit in program.score_edits:
         if edit.kind == "mean_abs":
             return "score edits by the mean over heads need every head's scores at once"
@@ -52,26 +62,117 @@ def why_not(program: Program) -> str | None:
 
 def run(program: Program) -> tuple[Tensor, None]:
     """Execute `program`: (output [B, H, L, Dv], None)."""
+    if decodes(program):
+        return decoded(program), None
+    if program.mass_edits:
+        return _finish(program, _by_class(program))
+    if _routed(program):
+        return _finish(program, _by_lists(program))
+    value = program.value
+    assert isinstance(value, Tensor)
+    # the epilogue is fused where nothing has to be differentiated through it
+    fused = program.head_gate is not None and not program.blends and not _needs_grad(program)
+    layout, padding = _layout(program, "layout")
+    out, _ = attend_layout(
+        program.query, program.key, value, layout, padding=padding, key_class=_key_class(program),
+        head_gate=program.head_gate if fused else None, **_scores(program),
+    )  # fmt: skip
+    return (out, None) if fused else _finish(program, out)
+
+
+def _needs_grad(program: Program) -> bool:
+    tensors = (program.query, program.key, program.value, program.head_gate, program.sink_logits)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _layout(program: Program, kernel: str) -> tuple[BlockLayout, Padding]:
+    value = program.value
+    chosen = config(kernel, value.device, max(program.query.shape[3], value.shape[3]), value.dtype)  # type: ignore[arg-type]
+    return geometry.resolve(program, chosen.block_q, chosen.block_k)
+
+
+def _scores(program: Program) -> dict[str, Any]:
+    """What both layout kernels take about scores."""
+    classed = program.key_class is not None
+    return dict(
+        scale=program.scale,
+        query_scale=program.query_scale,
+        softcap=program.softcap,
+        bias=program.position_bias,
+        edits=[(e.kind, e.key_class if classed else None) for e in program.score_edits],
+        amounts=stacked_amounts(program),
+        sink_logits=program.sink_logits,
+    )
+
+
+def _by_class(program: Program) -> Tensor:
+    """Output with mass edits applied: in the kernel's epilogue if there is one `MassTransfer`, else on its parts."""
+    edits, device = program.mass_edits, program.query.device
+    layout, padding = _layout(program, "classes")
+    classes = max(edit.classes for edit in edits)
+    first = edits[0]
+    targets = [_target(program, edit.heads, edit.rows) for edit in edits]
+    transfer = first.weights if len(edits) == 1 and isinstance(first.weights, MassTransfer) else None
+    key_class = _key_class(program)
+    assert key_class is not None, "a mass edit needs key classes: the patch must call program.classify first"
+    out, masses, counts, _ = class_attention(
+        program.query, program.key, program.value, layout, key_class, classes, padding=padding,  # type: ignore[arg-type]
+        transfer=transfer, edited=targets[0] if transfer else None, **_scores(program),
+    )  # fmt: skip
+    if transfer:
+        return out
+    columns = torch.arange(program.mask.q_offset, program.mask.q_offset + program.q_len, device=device)
+    factors, number = torch.ones_like(masses), counts.to(masses.dtype)
+    for edit, target in zip(edits, targets):
+        now = edit.weights((masses * factors)[..., : edit.classes], number[..., : edit.classes], columns)
+        now = torch.nn.functional.pad(now, (0, classes - edit.classes), value=1.0)
+        factors = factors * (now if target is None else torch.where(target[..., None], now, torch.ones_like(now)))
+    return torch.einsum("cbhld,bhlc->bhld", out.float(), factors).to(out.dtype)
+
+
+def _target(program: Program, heads: Heads, rows: Tensor | None) -> Tensor | None:
+    """bool, broadcastable to [B, H, L]: where an edit applies; None = everywhere."""
+    chosen = head_selector(heads, program.num_heads, program.query.device)
+    found = None if chosen is None else chosen[..., 0]
+    if rows is not None:
+        found = rows[:, None, :] if found is None else found & rows[:, None, :]
+    return found
+
+
+def _routed(program: Program) -> bool:
+    """True if only some (head, token) pairs are to be computed, and nothing else is edited."""
+    mask = program.mask
+    return (
+        program.gate_is_sparse
+        and program.rule is None
+        and not mask.kv_offset
+        and not (program.score_edits or program.blends or program.sink_logits is not None)
+        and program.softcap is None
+        and program.position_bias is None
+    )
+
+
+def _by_lists(program: Program) -> Tensor:
+    """Output of the pairs whose gate is open, before the gate."""
+    mask, gate = program.mask, program.head_gate
+    assert gate is not None
+    shape = (program.batch, program.q_len, program.num_heads)
+    tokens, offsets, longest = token_lists((gate != 0).expand(shape))
+    starts, ends = geometry.ends_of_rows(mask, gate.device)
+    return ragged_query_attention(
+        program.query, program.key, program.value, tokens, offsets, longest, scale=program.scale,  # type: ignore[arg-type]
+        q_offset=mask.q_offset, causal=mask.causal, starts=starts, ends=ends, window=mask.window,
+        query_scale=program.query_scale,
+    )  # fmt: skip
+
+
+def _finish(program: Program, out: Tensor) -> tuple[Tensor, None]:
+    """Blends and gate in torch."""
+    mean = own = None
     key, value = program.key, program.value
     assert isinstance(key, Tensor) and isinstance(value, Tensor)
-    chosen = config("layout", value.device, max(program.query.shape[3], value.shape[3]), value.dtype)
-    layout, padding = geometry.resolve(program, chosen.block_q, chosen.block_k)
-    amounts = stacked_amounts(program)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (program.query, key, value, program.head_gate)
-    )
-    # the epilogue is fused where nothing has to be differentiated through it
-    gate = None if needs_grad or program.blends else program.head_gate
-    out, _ = attend_layout(
-        program.query, key, value, layout, scale=program.scale, padding=padding,
-        query_scale=program.query_scale, softcap=program.softcap, bias=program.position_bias,
-        edits=[(e.kind, e.key_class if program.key_class is not None else None) for e in program.score_edits],
-        amounts=amounts, key_class=_key_class(program), sink_logits=program.sink_logits, head_gate=gate,
-    )  # fmt: skip
-    if gate is not None:
-        return out, None
-    mean = own = None
     if any(b.target == "mean_value" for b in program.blends):
+        layout, padding = _layout(program, "layout")
         mean, _ = attend_layout(program.query, key, value, layout, scale=1.0, padding=padding, uniform=True)
     if any(b.target == "value" for b in program.blends):
         own = reference.own_values(program, value)
@@ -80,7 +181,7 @@ def run(program: Program) -> tuple[Tensor, None]:
 
 def _key_class(program: Program) -> Tensor | None:
     """int8 [B, S] of the keys that are there."""
-    if program.key_class is None or not program.score_edits:
+    if program.key_class is None or not (program.score_edits or program.mass_edits):
         return None
     first = program.mask.kv_offset
     classes = program.key_class[:, first : first + program.mask.kv_len]
@@ -97,11 +198,9 @@ def stacked_amounts(program: Program) -> Tensor | None:
         amount = torch.as_tensor(edit.amount, dtype=torch.float32, device=device)
         amount = amount.reshape((1,) * (4 - amount.ndim) + tuple(amount.shape))[..., 0]
         neutral = 1.0 if edit.kind == "multiply" else 0.0
-        chosen = head_selector(edit.heads, program.num_heads, device)
-        if chosen is not None:
-            amount = torch.where(chosen[..., 0], amount, neutral)
-        if edit.rows is not None:
-            amount = torch.where(edit.rows[:, None, :], amount, neutral)
+        target = _target(program, edit.heads, edit.rows)
+        if target is not None:
+            amount = torch.where(target, amount, neutral)
         amounts.append(amount)
     shape = torch.broadcast_shapes(*(a.shape for a in amounts))
     return torch.stack([a.expand(shape) for a in amounts]).contiguous()

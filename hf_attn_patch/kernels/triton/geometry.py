@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...masks import Mask
 from ...program import Program
 from ...rules import Rule
 from ..layout import BlockLayout, layout_for
@@ -76,16 +77,29 @@ def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, 
     )
 
     def numbers(values: list[int], needed: bool) -> Tensor | None:
-        if not needed:
-            return None
-        key = f"triton {values}"
-        if key not in mask._native:  # the layers of a forward share their mask
-            mask._native[key] = torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-        return mask._native[key]
+        return on_device(mask, values, device) if needed else None
 
     return layout, Padding(
         numbers(query_first, any(query_first)), numbers(key_first, any(key_first)), numbers(key_length, exposed)
     )
+
+
+def on_device(mask: Mask, values: list[int], device: torch.device) -> Tensor:
+    """int32 tensor of facts about a mask, made once per forward: the layers share their mask."""
+    key = f"triton {values} {device}"
+    if key not in mask._native:
+        mask._native[key] = torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+    return mask._native[key]
+
+
+def ends_of_rows(mask: Mask, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """(first real column, column after the last) of each row, int32 [B] each; None where every key is real."""
+    assert mask.real_spans is not None
+    whole = (mask.kv_offset, mask.kv_offset + mask.kv_len)
+    if all(span == whole for span in mask.real_spans):
+        return None, None
+    starts, ends = zip(*mask.real_spans)
+    return on_device(mask, list(starts), device), on_device(mask, list(ends), device)
 
 
 def _shared(rows: list[Row]) -> list[Row]:

@@ -24,13 +24,18 @@ from .layout_forward import _layout_forward
 KINDS = {"add": 0, "abs": 1, "multiply": 2}
 MAX_EDITS = 7  # eight bits each in one int64
 
-rows("layout", other=[(64, 2, Config(128, 64, 4, 3)), (128, 2, Config(128, 64, 8, 3)), (256, 2, Config(64, 64, 8, 2)),
-                      (64, 4, Config(64, 32, 4, 2)), (256, 4, Config(32, 32, 4, 1))])  # fmt: skip
+# without tensor cores (fp32 products are exact) a product lives in registers: small blocks, many warps
+_FP32 = [(256, 4, Config(32, 32, 8, 1))]
+_WIDE = (256, 2, Config(64, 32, 8, 2))  # 32 keys: dK and dV of 64 keys by 256 dimensions do not fit in registers
+rows("layout", sm90=[(64, 2, Config(128, 64, 4, 3)), (128, 2, Config(128, 64, 8, 3)), _WIDE, *_FP32],
+     gfx942=[(128, 2, Config(128, 64, 8, 2)), (256, 2, Config(64, 32, 4, 1)), *_FP32],
+     other=[(128, 2, Config(128, 64, 8, 3)), _WIDE, *_FP32])  # fmt: skip
 # blocks are the forward's; block_k of dQ and block_q of dK/dV are the tokens per step inside one entry
-rows("layout_dq", other=[(128, 2, Config(0, 64, 8, 2)), (256, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 4, 1))],
-     gfx942=[(128, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 4, 1))])  # fmt: skip
-rows("layout_dkv", other=[(128, 2, Config(64, 0, 8, 2)), (256, 2, Config(32, 0, 8, 2)), (256, 4, Config(32, 0, 4, 1))],
-     gfx942=[(256, 4, Config(32, 0, 4, 2))])  # fmt: skip
+rows("layout_dq", gfx942=[(128, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 8, 1))],
+     other=[(128, 2, Config(0, 64, 8, 2)), (256, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 8, 1))])  # fmt: skip
+rows("layout_dkv", gfx942=[(256, 2, Config(32, 0, 4, 2)), (256, 4, Config(32, 0, 8, 1))],
+     sm80=[(256, 2, Config(32, 0, 8, 2)), (256, 4, Config(32, 0, 8, 1))],
+     other=[(128, 2, Config(64, 0, 8, 2)), (256, 2, Config(32, 0, 8, 2)), (256, 4, Config(32, 0, 8, 1))])  # fmt: skip
 
 
 @dataclass
@@ -208,10 +213,10 @@ def _backward_impl(
     q_blocks = -(-(q_len if order is None else order.shape[0]) // block_q)
     k_blocks = -(-(kv_len if order is None else order.shape[0]) // block_k)
     delta = torch.empty_like(lse)
-    blocks = -(-L // 64)
+    blocks = -(-L // 32)
     launch(
         _layout_delta, (B * H * blocks,), out, grad, delta, *out.stride()[:3], *grad.stride()[:3], H, L, blocks,
-        E=E, E1=E1, E2=E2, BLOCK_Q=64, num_warps=4, num_stages=1,
+        E=E, E1=E1, E2=E2, BLOCK_Q=32, num_warps=4, num_stages=1,
     )  # fmt: skip
     if grad_lse is not None:
         delta -= grad_lse

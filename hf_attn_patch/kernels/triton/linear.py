@@ -244,19 +244,10 @@ def aot_cases() -> list[Case]:
             meta(dtype, 2, 8, 1, F), meta(dtype, 2, 2, 1, F), meta(dtype, 2, 2, 1, DV), *state, True, 1e-12
         )
 
+    sizes = [(d, d) for d in (16, 64, 80, 96, 128, 192, 256)] + [(128, 64), (256, 128)]
     cases = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for F, DV in (
-            (16, 16),
-            (64, 64),
-            (80, 80),
-            (96, 96),
-            (128, 64),
-            (128, 128),
-            (192, 192),
-            (256, 128),
-            (256, 256),
-        ):
+        for F, DV in sizes:
             name = f"{str(dtype).removeprefix('torch.')} F{F} Dv{DV}"
             for causal in (True, False):
                 for masked in (True, False):

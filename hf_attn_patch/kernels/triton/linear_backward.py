@@ -202,7 +202,7 @@ def backward(
     else:
         delta = torch.zeros_like(inverse)
     kv, z, *_ = states(fk, value, Hf, chunk, each=causal, mask=mask, initial=initial)
-    # the final state of the forward is where the gradient's state starts; its own final state is the initial one's gradient
+    # the gradient of the final state is where this sum starts, its end is the gradient of the initial state
     r, rz, dkv0, dz0 = states(
         fq,
         dout,

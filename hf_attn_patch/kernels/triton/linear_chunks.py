@@ -1,8 +1,8 @@
 """Triton kernels of linear attention, forward: states between chunks of keys, then every chunk of rows on its own.
 
-States are fp32 and enter products as fp32 (tf32 for half inputs, ieee for fp32 ones): a sum over many keys can leave the
-range of fp16. For the same reason products of features are not rounded to fp16; bf16 has the range and keeps its speed
-(`wide`).
+States are fp32 and enter products as fp32 (tf32 for half inputs, ieee for fp32 ones): a sum over many keys can leave
+the range of fp16. For the same reason products of features are not rounded to fp16; bf16 has the range and keeps its
+speed (`wide`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ configs.rows(  # the sums of a backward, whose products are tf32
 def tile(dim: int, widest: int) -> int:
     """Tile of a dimension: a power of two between 32 (16 for dim 16) and `widest` that wastes least, the largest such.
 
-    80 -> 32 (96 columns), 96 -> 32, 128 -> 64, 160 -> 32, 192 -> 64: no need to split dimensions, kernels loop over tiles.
+    80 -> 32 (96 columns), 96 -> 32, 128 -> 64, 160 -> 32, 192 -> 64: kernels loop over tiles, so none is split in two.
     """
     whole = power_of_two(dim)
     most = min(whole, widest)

@@ -31,9 +31,9 @@ configs.rows(
     other=[
         (64, 2, Config(128, 64, 4, 3)),
         (128, 2, Config(128, 64, 8, 3)),
-        (256, 2, Config(64, 64, 8, 2)),
+        (256, 2, Config(64, 32, 8, 2)),
         (128, 4, Config(32, 32, 4, 2)),
-        (256, 4, Config(16, 32, 4, 2)),
+        (256, 4, Config(16, 16, 4, 2)),
     ],
     gfx942=[  # 64 KiB of LDS; 8 warps would halve the registers of a thread and spill
         (128, 2, Config(128, 64, 4, 1)),
@@ -48,15 +48,15 @@ configs.rows(
         (64, 2, Config(64, 64, 4, 2)),
         (128, 2, Config(64, 64, 8, 2)),
         (256, 2, Config(64, 32, 8, 1)),
-        (128, 4, Config(32, 32, 4, 1)),
-        (256, 4, Config(16, 16, 4, 1)),
+        (128, 4, Config(16, 32, 4, 2)),
+        (256, 4, Config(16, 16, 4, 2)),
     ],
-    sm80=[
+    sm80=[  # D = 80 still puts 24 bytes on the stack: two accumulators of 64 and 16 columns
         (64, 2, Config(64, 32, 4, 2)),
         (128, 2, Config(64, 64, 8, 2)),
         (256, 2, Config(64, 32, 8, 1)),
-        (128, 4, Config(32, 32, 4, 1)),
-        (256, 4, Config(16, 16, 4, 1)),
+        (128, 4, Config(16, 32, 4, 2)),
+        (256, 4, Config(16, 16, 4, 2)),
     ],
     gfx942=[
         (128, 2, Config(64, 64, 4, 1)),
@@ -338,15 +338,16 @@ def _ragged_queries_dq(
     dq2 = gate
     if D2 > 0:
         dq2 = tl.zeros([BLOCK_Q, D2], tl.float32)
+    to_units = factor * (LOG2E / _rest(PRECISION))
     for block in range(whole, whole_end):
         dq1, dq2 = _dq_block(
-            dq1, dq2, q1, q2, do1, do2, factor * (LOG2E / _rest(PRECISION)), log_sum, sums, col, k_rows, v_rows, stride_ks, stride_vs,
+            dq1, dq2, q1, q2, do1, do2, to_units, log_sum, sums, col, k_rows, v_rows, stride_ks, stride_vs,
             block, low, high, window, D, D1, D2, E, E1, E2, CAUSAL, False, BLOCK_K, PRECISION,
         )  # fmt: skip
     for step in range(first, last - (whole_end - whole)):
         block = tl.where(step < whole, step, step + (whole_end - whole))
         dq1, dq2 = _dq_block(
-            dq1, dq2, q1, q2, do1, do2, factor * (LOG2E / _rest(PRECISION)), log_sum, sums, col, k_rows, v_rows, stride_ks, stride_vs,
+            dq1, dq2, q1, q2, do1, do2, to_units, log_sum, sums, col, k_rows, v_rows, stride_ks, stride_vs,
             block, low, high, window, D, D1, D2, E, E1, E2, CAUSAL, True, BLOCK_K, PRECISION,
         )  # fmt: skip
     store_rows(dq + b * stride_rb + h * stride_rh, token, stride_rl, exists, dq1 * factor[:, None], 0, D)
@@ -477,7 +478,7 @@ def _row_factors(
 def _constants(kernel: str, query: Tensor, D: int, E: int, causal: bool) -> tuple[Config, dict[str, Any]]:
     config = configs.config(kernel, query.device, max(D, E), query.dtype)
     (D1, D2), (E1, E2) = split_dim(D), split_dim(E)
-    names = dict(D=D, D1=D1, D2=D2, E=E, E1=E1, E2=E2, CAUSAL=causal, BLOCK_Q=config.block_q)
+    names: dict[str, Any] = dict(D=D, D1=D1, D2=D2, E=E, E1=E1, E2=E2, CAUSAL=causal, BLOCK_Q=config.block_q)
     names |= dict(BLOCK_K=config.block_k, PRECISION="ieee" if query.dtype == torch.float32 else "tf32")
     return config, dict(num_warps=config.num_warps, num_stages=config.num_stages, **names)
 

@@ -9,7 +9,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-ADD, ABS, MULTIPLY = 0, 1, 2  # score edits, as packed by `pack_edits`
 
 
 @triton.jit
@@ -45,6 +44,17 @@ def visible_bits(bits, tile, rows, cols, first, ROWS: tl.constexpr, WORDS: tl.co
 
 
 @triton.jit
+def soft_cap(s, cap):
+    """cap * tanh(s / cap), accurate also for small scores (polynomial of Cephes' tanhf below 0.625)."""
+    x = s / cap
+    z = x * x
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = ((near * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    return cap * tl.where(tl.abs(x) < 0.625, near * z * x + x, tl.where(x < 0, -far, far))
+
+
+@triton.jit
 def edited_scores(
     s,
     scale,
@@ -70,10 +80,9 @@ def edited_scores(
     slope = 1.0
     s = s * (scale * query_scale)
     if CAP > 0.0:
-        t = 1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2E / CAP)) + 1.0)  # tanh(s / cap)
-        s = CAP * t
+        s = soft_cap(s, CAP)
         if SLOPE:
-            slope = slope * (1.0 - t * t)
+            slope = slope * (1.0 - (s / CAP) * (s / CAP))
     if bias is not None:
         s += tl.load(bias + bias_at, mask=exists, other=0.0).to(tl.float32)
     for e in tl.static_range(EDITS):

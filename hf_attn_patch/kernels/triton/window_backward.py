@@ -32,7 +32,8 @@ from .linear_chunks import (
     wide,
 )
 
-# block_k: widest tile of D, F and Dv (tokens per chunk: see window_linear)
+# block_k: widest tile of D, F and Dv (tokens per chunk: see window_linear). _window_dq keeps a stack of 8 bytes per
+# thread on sm80 and sm100 at D = 128
 configs.rows("window_backward", other=[(256, 2, Config(64, 32, 8, 2)), (256, 4, Config(32, 32, 4, 2))])
 
 
@@ -140,7 +141,7 @@ def _window_dfq(
     V_DIV: tl.constexpr, F_DIV: tl.constexpr, SLIDING: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DL: the gradient of the linear factor, one part per row and tile. Grid: (B * HEADS, chunks of rows, tiles of F)."""
+    """DL: the gradient of the linear factor by row and tile of F. Grid: (B * HEADS, chunks of rows, tiles of F)."""
     c = tl.program_id(1).to(tl.int64)
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
     head = (tl.program_id(0) % HEADS).to(tl.int64)

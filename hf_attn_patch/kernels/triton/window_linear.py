@@ -1,8 +1,8 @@
 """LoLCATs' window + linear hybrid on Triton: forward, and the operator around forward and backward.
 
 Formulas, shapes and meaning of the arguments: `kernels.linear`, which checks them before it calls this file. Keys older
-than the chunk in which the first window of a block of rows starts come as a state (see `linear_chunks`); the others pair by
-pair, in two passes: the window maximum must be known before linear and window terms meet.
+than the chunk in which the first window of a block of rows starts come as a state (see `linear_chunks`); the others
+pair by pair, in two passes: the window maximum must be known before linear and window terms meet.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from .launch import launch
 from .linear_chunks import load_tile, precision, rows_contiguous, states, tile, wide
 from .window_backward import backward, block_pairs, key_ok, pairs, window_first
 
-# block_q: tokens per chunk, of queries and of keys (the backward uses the forward's); block_k: widest tile of D, F and Dv
-configs.rows("window_linear", other=[(256, 2, Config(64, 64, 8, 2)), (256, 4, Config(32, 32, 4, 2))])
+# block_q: tokens per chunk, of queries and keys (also in the backward); block_k: widest tile of D, F and Dv
+configs.rows(
+    "window_linear",
+    other=[(256, 2, Config(64, 64, 8, 2)), (256, 4, Config(32, 32, 4, 2))],
+    gfx942=[(256, 2, Config(64, 32, 8, 2)), (256, 4, Config(32, 32, 4, 2))],  # 64 columns spill
+)
 LOG2E = 1 / math.log(2)
 
 
@@ -267,7 +271,8 @@ def aot_cases() -> list[Case]:
             for sliding in (True, False):
                 for masked in (True, False):
                     mode = "sliding" if sliding else "terrace"
-                    label = f"window {mode} {str(dtype).removeprefix('torch.')} D{D} F{F} Dv{DV}{' mask' if masked else ''}"
+                    name = f"{str(dtype).removeprefix('torch.')} D{D} F{F} Dv{DV}"
+                    label = f"window {mode} {name}{' mask' if masked else ''}"
                     run = lambda a=(dtype, D, F, DV, sliding, masked, sliding): call(*a)
                     default = dtype == torch.bfloat16 and D in (64, 128) and sliding == (D == 128) and masked
                     cases.append(Case(label, run, default))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...context import image_token_ids
 from ...errors import CacheError, ConfigError, ModelMismatchError
-from ...program import MassEdit
+from ...program import MassEdit, MassTransfer
 from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
@@ -36,22 +36,14 @@ def sink_tokens(hidden: Tensor, dims: tuple[int, ...], tau: float, eps: float = 
     return hidden[..., list(dims)].abs().amax(-1) / rms > tau
 
 
-def redistribute(masses: Tensor, counts: Tensor, *, rho: float, min_mass: float, move: float) -> Tensor:
-    """Factor of each key class, [B, H, L, 4], from class masses and counts of the same shape.
-
-    Selected (row, head): sink share ``m_is / (m_i + m_is + 1e-6 n) <= rho`` (n image keys, the 1e-6 is added per
-    key in the original) and image mass ``m_i + m_is >= min_mass``. There, sinks keep ``1 - move`` of their mass and
-    the moved mass goes to the other image keys in proportion.
-    """
-    image, image_sink, text_sink = masses[..., IMAGE], masses[..., IMAGE_SINK], masses[..., TEXT_SINK]
-    total = image + image_sink
-    share = image_sink / (total + 1e-6 * (counts[..., IMAGE] + counts[..., IMAGE_SINK])).clamp(min=1e-30)
-    chosen = (share <= rho) & (total >= min_mass) & (image > 0)
-    moved = move * (image_sink + text_sink)
-    one = torch.ones_like(image)
-    grow = torch.where(chosen, one + moved / torch.where(image > 0, image, one), one)
-    keep = torch.where(chosen, one - move, one)
-    return torch.stack([one, grow, keep, keep], -1)
+def transfer(rho: float, min_mass: float, move: float) -> MassTransfer:
+    """Where the sink share ``m_is / (m_i + m_is + 1e-6 n) <= rho`` (n image keys, the 1e-6 is added per key in the
+    original) and the image mass ``m_i + m_is >= min_mass``, sinks keep ``1 - move`` of their mass and the moved mass goes
+    to the other image keys in proportion."""
+    return MassTransfer(
+        take=(0.0, 0.0, move, move), give=IMAGE, within=(IMAGE, IMAGE_SINK), limited=(IMAGE_SINK,),
+        min_mass=min_mass, max_share=rho, count_eps=1e-6,
+    )  # fmt: skip
 
 
 @register_patch("var")
@@ -190,17 +182,7 @@ class VisualAttentionRedistribution(Patch):
             pad = program.mask.kv_offset + program.mask.kv_len - end
             classes = torch.nn.functional.pad(classes, (0, pad))
         program.classify(classes)
-        rho, min_mass, move = self.rho, self.min_mass, self.move
-        program.mass_edits.append(
-            MassEdit(
-                weights=lambda masses, counts, _: redistribute(
-                    masses, counts, rho=rho, min_mass=min_mass, move=move
-                ),
-                classes=4,
-                rows=rows,
-                heads=call.heads,
-            )
-        )
+        program.mass_edits.append(MassEdit(transfer(self.rho, self.min_mass, self.move), 4, rows, call.heads))
 
     @classmethod
     def neutral(cls, model: Any) -> dict[str, Any] | None:
