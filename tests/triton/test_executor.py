@@ -36,8 +36,8 @@ def test_every_mask_with_a_rule(name):
     reason = why_not("triton", cast(program, torch.float32))
     if name == "left padding, bidirectional":
         assert reason is not None and "left padding" in reason
-    else:
-        holds(program, gradients=True)
+    else:  # over a sliding cache only decoding runs, which has no gradients
+        holds(program, gradients=name != "sliding cache")
 
 
 def test_a_rule_over_a_cache_that_dropped_its_first_keys_is_refused_beyond_decoding():

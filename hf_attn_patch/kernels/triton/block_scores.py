@@ -7,6 +7,7 @@ statistics, then sums per block) and one number is stored per pair of blocks.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import triton
@@ -18,8 +19,8 @@ from .configs import Config, config, rows
 from .launch import launch, split_dim
 from .pooling import dense_last
 
-# block_q, block_k: *groups* of `stride` tokens per tile. fp32 (no tensor cores, fully unrolled products) still spills above
-# D = 128, 8 bytes at stride 16 and kilobytes at stride 2, where a block of 64 groups sets the tile
+# block_q, block_k: *groups* of `stride` tokens per tile. fp32 (no tensor cores) spills above D = 128: 16 bytes at
+# stride 16, kilobytes at stride 2, where a block of 64 groups sets the tile
 rows(
     "antidiagonal",
     other=[(128, 2, Config(64, 64, 4, 3)), (256, 2, Config(64, 64, 8, 2)), (256, 4, Config(32, 32, 8, 1))],
@@ -291,9 +292,7 @@ def aot_cases() -> list[Case]:
                         f"antidiagonal {what} block={block} stride={stride}"
                         + (" causal" if causal else "")
                         + ("" if padded is None else " starts"),
-                        lambda q=q, k=k, block=block, stride=stride, causal=causal, padded=padded: (
-                            _antidiagonal_impl(q, k, block, stride, 0.1, 0, causal, padded)
-                        ),
+                        partial(_antidiagonal_impl, q, k, block, stride, 0.1, 0, causal, padded),
                         quick and (block, stride) == (128, 16) and causal,
                     )
                 )

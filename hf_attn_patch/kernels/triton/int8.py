@@ -10,6 +10,8 @@ The head dimension is padded to a power of two with masked loads (memory traffic
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -154,7 +156,7 @@ def aot_cases() -> list[Case]:
                         Case(
                             f"{str(dtype).removeprefix('torch.')} D={dim} block={block}"
                             + ("" if mean is None else " mean"),
-                            lambda x=x, block=block, mean=mean: _quantise_impl(x, block, mean, 1.0),
+                            partial(_quantise_impl, x, block, mean, 1.0),
                             dtype == torch.bfloat16 and dim in (64, 128) and block == 64,
                         )
                     )

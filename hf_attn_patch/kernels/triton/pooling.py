@@ -6,6 +6,8 @@ masked loads: nothing but memory traffic counts here, and masked lanes cause non
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -141,7 +143,7 @@ def aot_cases() -> list[Case]:
                         Case(
                             f"{name} {str(dtype).removeprefix('torch.')} D={dim}"
                             + ("" if padded is None else " starts"),
-                            lambda x=x, outputs=outputs, padded=padded: _pool_impl(x, 64, padded, outputs),
+                            partial(_pool_impl, x, 64, padded, outputs),
                             dtype == torch.bfloat16 and dim in (64, 128) and padded is not None,
                         )
                     )
