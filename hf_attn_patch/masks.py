@@ -75,6 +75,22 @@ def _facts_of(rule: Callable | None) -> tuple[bool, int | None, bool]:
     return causal, window, opaque
 
 
+class fact:
+    """A property computed once. (`functools.cached_property` holds a lock before Python 3.12, which torch.compile cannot
+    trace.)"""
+
+    def __init__(self, compute: Callable[[Any], Any]):
+        self.compute, self.name = compute, compute.__name__
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        value = self.compute(instance)
+        instance.__dict__[self.name] = value
+        return value
+
+
 @dataclass(eq=False)  # == on a guest compares elements, as on the tensor it stands for
 class Mask:
     """Visibility of keys for queries, as facts.
@@ -151,26 +167,26 @@ class Mask:
 
     # -- facts ----------------------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @fact
     def has_padding(self) -> bool:
         """True if any key that could be seen is padding."""
         if self.padding is None:
             return False
         return not bool(self.padding[:, self.kv_offset : self.kv_offset + self.kv_len].all())
 
-    @functools.cached_property
+    @fact
     def start(self) -> Tensor:
         """Column of the first real token of each row, int64 [B]; past the end for a row of padding only."""
         if self.padding is None:
             return torch.zeros(self.batch, dtype=torch.long, device=self.device)
         return first_true(self.padding).expand(self.batch)
 
-    @functools.cached_property
+    @fact
     def starts(self) -> list[int]:
         """`start` as Python ints (one device synchronisation per forward)."""
         return [0] * self.batch if self.padding is None else self.start.tolist()
 
-    @functools.cached_property
+    @fact
     def real_spans(self) -> list[tuple[int, int]] | None:
         """Per row of the batch the columns [first, end) of the real keys that are there; None if some row has holes.
 
@@ -191,7 +207,7 @@ class Mask:
         first = first + self.kv_offset
         return [(a, a + n) for a, n in zip(first.tolist(), count.tolist())]
 
-    @functools.cached_property
+    @fact
     def only_left_padding(self) -> bool:
         """True if padding, where present, is a run at the left end of each row: rows are then plain shorter rows."""
         if not self.has_padding:
@@ -201,7 +217,7 @@ class Mask:
         columns = torch.arange(seen.shape[1], device=seen.device)
         return bool((seen == (columns >= self.start[: seen.shape[0], None])).all())
 
-    @functools.cached_property
+    @fact
     def packed(self) -> bool:
         """True if rows hold several sequences, told apart by restarting position ids."""
         return _is_packed(self.rule)
