@@ -20,7 +20,7 @@ from . import dispatch, registry, selection
 from .context import Context, copy_with_model, refuse_filled
 from .dispatch import PatchStack, SitePatch
 from .errors import CompositionError, ConfigError, ModelMismatchError, PatchError, SelectionError
-from .kernels import check_impl, unavailable
+from .kernels import check_impl, prepare, unavailable
 from .reporting import PatchReport, build_report
 from .selection import Selector
 from .sites import PARTS, Site, attention_classes, base_model, find_sites, why_not_dispatchable
@@ -432,6 +432,7 @@ def plan(
             special.check(site)
     devices = {p.device for site in chosen for p in site.module.parameters()}
     for device in devices:
+        prepare(device)
         if impl != "auto" and device.type != "meta" and (reason := unavailable(impl, device)) is not None:
             raise ModelMismatchError(
                 f"{config.name}: impl={impl!r} cannot run on this model: {reason}. Use impl='auto', which says in "

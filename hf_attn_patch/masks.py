@@ -58,8 +58,12 @@ def _is_packed(rule: Callable | None) -> bool:
 
 def _facts_of(rule: Callable | None) -> tuple[bool, int | None, bool]:
     """(causal, window, opaque) of a transformers mask rule; opaque = not fully described by the first two."""
-    if rule is None:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if rule is None or rule is bidirectional_mask_function:
         return False, None, False
+    if rule is causal_mask_function:  # by identity: under torch.compile functions have no qualified name
+        return True, None, False
     causal, window, opaque = False, None, False
     for part in _rule_parts(rule):
         name = getattr(part, "__qualname__", "")

@@ -6,7 +6,6 @@ triton, torch, reference that can run the program, and reports why the ones befo
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -51,14 +50,21 @@ def check_impl(impl: str) -> str:
     return impl
 
 
+_loaded: dict[str, Any] = {}  # a plain dict: torch.compile can read it, and cannot import
+
+
 def executor(name: str) -> Any:
     """The executor module `name`, imported on first use (triton only when it is asked for and present)."""
-    return importlib.import_module(f".{_MODULES[name]}", __name__)
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(f".{_MODULES[name]}", __name__)
+    return _loaded[name]
 
 
-@functools.cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def prepare(device: torch.device) -> None:
+    """Import every executor that may be chosen on `device`, so that no forward has to (torch.compile cannot)."""
+    for name in _ORDER:
+        if unavailable(name, device, forced=False) is None:
+            executor(name)
 
 
 def unavailable(name: str, device: torch.device, forced: bool = True) -> str | None:
@@ -69,7 +75,7 @@ def unavailable(name: str, device: torch.device, forced: bool = True) -> str | N
     if name == "triton":
         if device.type == "cpu" and not forced:
             return "the tensors are on cpu"
-        if not _installed("triton"):
+        if name not in _loaded and importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install 'hf_attn_patch[triton]')"
         return executor(name).is_available(device)
     return None

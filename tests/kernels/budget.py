@@ -15,23 +15,31 @@ from torch import Tensor
 
 from hf_attn_patch.kernels import attention
 from hf_attn_patch.kernels.ragged import RaggedKV
+from hf_attn_patch.masks import Mask
 from hf_attn_patch.program import Program
 
 
-def cast(x: Any, dtype: torch.dtype) -> Any:
-    """Copy of a program (or part of one) with every floating tensor in `dtype`."""
+def cast(x: Any, dtype: torch.dtype, device: str | None = None) -> Any:
+    """Copy of a program (or part of one) with every floating tensor in `dtype`, and all of it on `device` if given."""
     if isinstance(x, Tensor):
-        return x.detach().to(dtype) if x.is_floating_point() else x
+        return x.detach().to(device, dtype if x.is_floating_point() else None)
     if isinstance(x, RaggedKV):
-        return RaggedKV([cast(g, dtype) for g in x.groups], x.seen)
+        return RaggedKV([cast(g, dtype, device) for g in x.groups], x.seen)
     if isinstance(x, list):
-        return [cast(y, dtype) for y in x]
+        return [cast(y, dtype, device) for y in x]
     if is_dataclass(x) and not isinstance(x, type) and type(x).__name__ not in ("SinkWindow",):
         changed = {
-            f.name: cast(getattr(x, f.name), dtype) for f in fields(x) if f.init and f.name != "_native"
+            f.name: cast(getattr(x, f.name), dtype, device) for f in fields(x) if f.init and f.name != "_native"
         }
+        if device is not None and isinstance(x, Mask):
+            changed["device"] = device
         return replace(x, **changed)
     return x
+
+
+def device_of(impl: str) -> str:
+    """Where an executor is tested: Triton on the GPU if there is one (else in its interpreter), the others on a CPU."""
+    return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def rounded(program: Program, dtype: torch.dtype) -> Program:
@@ -52,9 +60,10 @@ def outputs(program: Program, impl: str, gradients: bool) -> list[Tensor]:
     result = [out]
     if gradients:
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        weight = weight.to(out.device)
         result += torch.autograd.grad((out.double() * weight).sum(), leaves, allow_unused=True)
         result = [torch.zeros(1) if r is None else r for r in result]
-    return [r.detach().double() for r in result]
+    return [r.detach().double().cpu() for r in result]
 
 
 def assert_within_budget(
@@ -63,7 +72,7 @@ def assert_within_budget(
     """Fail if `impl` in `dtype` is further from the float64 truth than the budget allows, or not finite."""
     truth = outputs(rounded(program, dtype), "reference", gradients)
     baseline = outputs(cast(program, dtype), "reference", gradients)
-    got = outputs(cast(program, dtype), impl, gradients)
+    got = outputs(cast(program, dtype, device_of(impl)), impl, gradients)
     names = ("output", "dq", "dk", "dv")
     check_budget(names, truth, baseline, got, dtype, f"{impl} in {dtype}\n{program}")
 
@@ -82,7 +91,7 @@ def check_budget(
     log-sum-exp, so its band is four times as wide.
     """
     for name, t, b, g in zip(names, truth, baseline, got):
-        t, b, g = (x.detach().double() for x in (t, b, g))
+        t, b, g = (x.detach().double().cpu() for x in (t, b, g))
         assert g.shape == t.shape or g.numel() == 1, (
             f"{name}: shape {list(g.shape)}, expected {list(t.shape)}"
         )

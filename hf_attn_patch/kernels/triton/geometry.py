@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,36 @@ from torch import Tensor
 from ...masks import Mask
 from ...program import Program
 from ...rules import Rule
-from ..layout import BlockLayout, layout_for
+from ..layout import BlockLayout
+from ..layout import layout_for as cached_layout
 from .layout_attention import Padding
+
+
+def layout_for(rule: Rule | None, *shape: Any) -> BlockLayout:
+    """`kernels.layout.layout_for`; a constant where torch.compile traces, since a layout depends on shapes only."""
+    if torch.compiler.is_compiling():
+        return _traced_layout(_described(rule), *shape)
+    return cached_layout(rule, *shape)
+
+
+@torch.compiler.assume_constant_result
+def _traced_layout(rule: Any, *shape: Any) -> BlockLayout:
+    return cached_layout(_rebuilt(rule), *shape)
+
+
+def _described(x: Any) -> Any:
+    """A rule as nested tuples (class, field values ...). An object made while torch.compile traces reaches a constant
+    function with the *defaults* of its class, not with its values (torch 2.13)."""
+    if isinstance(x, Rule):
+        return (type(x), *[_described(getattr(x, name)) for name in type(x).__dataclass_fields__])
+    return tuple(_described(y) for y in x) if isinstance(x, tuple) else x
+
+
+def _rebuilt(x: Any) -> Any:
+    if not isinstance(x, tuple):
+        return x
+    parts = [_rebuilt(y) for y in x]
+    return parts[0](*parts[1:]) if parts and isinstance(parts[0], type) else tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,9 @@ def why_not(program: Program) -> str | None:
     mask, rule = program.mask, program.rule
     if not mask.arithmetic:
         return "the model brought a mask of its own (a tensor or a custom rule), which is no arithmetic of positions"
+    if torch.compiler.is_compiling() and mask.padding is not None:
+        simple = mask.causal and mask.q_offset == mask.kv_offset == 0 and mask.q_len == mask.kv_len
+        return None if simple else "padding while torch.compile traces, other than in a causal forward without a cache"
     spans = mask.real_spans
     if spans is None:
         return "the padding has holes inside a row"
@@ -51,6 +83,8 @@ def why_not(program: Program) -> str | None:
 def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, Padding]:
     """Layout and padding of a program that `why_not` accepts."""
     mask = program.mask
+    if torch.compiler.is_compiling() and mask.padding is not None:
+        return _traced(program, block_q, block_k)
     spans = mask.real_spans
     assert spans is not None
     L, offset = mask.q_len, mask.q_offset - mask.kv_offset
@@ -82,6 +116,21 @@ def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, 
     return layout, Padding(
         numbers(query_first, any(query_first)), numbers(key_first, any(key_first)), numbers(key_length, exposed)
     )
+
+
+def _traced(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, Padding]:
+    """`resolve` for a padded causal prefill whose padding is not known while torch.compile traces: facts stay tensors,
+    and that no row has holes is asserted on the device."""
+    mask, L = program.mask, program.mask.q_len
+    assert mask.padding is not None
+    real = mask.padding[:, :L].expand(mask.batch, -1).bool()
+    first, count = real.to(torch.int8).argmax(-1), real.sum(-1)
+    columns = torch.arange(L, device=real.device)
+    solid = (columns >= first[:, None]) & (columns < (first + count)[:, None])
+    torch._assert_async((solid == real).all(), "padding with holes inside a row, under torch.compile")
+    layout = layout_for(program.rule, L, L, 0, True, mask.window, block_q, block_k, program.query.device)
+    first, count = first.int(), count.int()
+    return layout, Padding(first, first, count)
 
 
 def on_device(mask: Mask, values: list[int], device: torch.device) -> Tensor:

@@ -1,0 +1,72 @@
+"""A patched model compiles as one graph: the kernels are custom ops, layouts are constants of the graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_attn_patch as hap
+
+from .conftest import DEVICE
+
+
+def tiny():
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=100)  # fmt: skip
+    return LlamaForCausalLM(config).eval().to(DEVICE)
+
+
+def batch(padded):
+    ids = torch.randint(0, 100, (2, 50), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :9] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [dict(window=20, sinks=2), dict(window=20, sinks=2, heads="0,3")], ids=["all", "heads"])
+def test_streaming_has_no_graph_break(padded, options):
+    model = tiny()
+    ids, mask = batch(padded)
+    with hap.patched(model, "streaming", impl="triton", **options) as handle, torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = compiled(ids, attention_mask=mask, use_cache=False).logits
+        assert "triton" in str(handle.report())
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+    with torch.no_grad():
+        plain = model(ids, attention_mask=mask, use_cache=False).logits
+    assert (plain - expected)[mask.bool()].abs().max() > 1e-3, "the window must have an effect"
+
+
+def test_a_training_step_has_no_graph_break():
+    model = tiny().train()
+    ids, mask = batch(padded=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    grads = []
+    with hap.patched(model, "streaming", window=20, sinks=2, impl="triton"):
+        torch._dynamo.reset()
+        for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+            model.zero_grad()
+            forward(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 10
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_with_holes_is_not_computed_silently():
+    model = tiny()
+    ids, mask = batch(padded=True)
+    mask[0, 20] = 0
+    with hap.patched(model, "streaming", window=20, sinks=2, impl="triton"), torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with pytest.raises(RuntimeError, match="holes"):
+            compiled(ids, attention_mask=mask, use_cache=False)
+            if DEVICE == "cuda":  # the assertion is asynchronous there
+                torch.cuda.synchronize()
