@@ -1,5 +1,6 @@
 # make demo   the main job: real models, dense beside patched, and the undo proof (first run fetches two wheels)
 # make test   lint, types, all tests          make bench  numbers under benchmarks/results/
+# make aot    compile all Triton kernels for four GPU targets, write docs/kernels.md      make gpu-check  on a GPU: gate + numbers
 # make docs   regenerate docs/coverage.md and the method list of the README
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench docs testbed install clean
+.PHONY: demo test lint bench docs aot gpu-check testbed install clean
 
 install: $(STAMP)
 
@@ -16,7 +17,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval,peft,testbed,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval,peft,testbed,triton,dev]"
 	touch $@
 
 demo: $(STAMP)
@@ -46,6 +47,14 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/coverage.py
+
+# compile every kernel in every configuration for four GPU targets, without a GPU, and write docs/kernels.md
+aot: $(STAMP)
+	$(BIN)/python scripts/kernels.py --jobs 2
+
+# on a machine with a GPU (any python that has torch, triton and transformers): correctness gate, then measurements
+gpu-check:
+	PYTHONPATH=. $(PYTHON) scripts/gpu_check.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

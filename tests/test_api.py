@@ -365,7 +365,8 @@ def test_an_exception_in_a_patched_forward_does_not_spoil_the_next(where, monkey
         assert torch.equal(output(model, inputs), expected)
 
 
-def test_forced_triton_is_refused_when_patching_and_the_model_stays_usable(llama):
+def test_forced_triton_is_refused_when_patching_and_the_model_stays_usable(llama, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the interpreter would run them on a CPU
     with untouched(llama):
         with refused(PatchError, "streaming", "impl='triton'", "Triton", "impl='auto'"):
             hap.patch(llama, "streaming", impl="triton")

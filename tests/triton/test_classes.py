@@ -12,12 +12,20 @@ from hf_attn_patch.kernels.triton.configs import config
 from hf_attn_patch.patches.grounding.var import transfer
 from hf_attn_patch.program import MassEdit, MassTransfer
 from hf_attn_patch.rules import SinkWindow
-from tests.kernels.budget import assert_within_budget, cast, check_budget
+from tests.kernels import budget
+from tests.kernels.budget import assert_within_budget, check_budget
 from tests.kernels.cases import all_edits, all_masks, classes, edit, make, shift_mass, some_rows
+
+from .conftest import DEVICE, HALVES
 
 MASKS, EDITS = all_masks(), all_edits()
 pytestmark = pytest.mark.usefixtures("fresh_buffers_hold_nan")
 VAR = transfer(rho=0.6, min_mass=0.3, move=0.4)
+
+
+def cast(program, dtype):
+    """The program in `dtype`, where kernels run."""
+    return budget.cast(program, dtype, DEVICE)
 
 
 def classed(program, count=4):
@@ -38,7 +46,7 @@ def test_mass_edits_under_every_kind_of_mask(where, kind):
     assert_within_budget(program, "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_a_transfer_applies_to_its_rows_and_heads_only(dtype):
     program = var(classed(make(L=70)), rows=some_rows(make(L=70)), heads=(0, 3))
     assert_within_budget(program, "triton", dtype)
@@ -101,12 +109,11 @@ def expected(program, count):
 
 
 @pytest.mark.parametrize("where", ["causal", "left padding", "chunk with cache, padded", "bidirectional"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_statistics_are_those_of_the_attention_map(where, dtype):
     exact = cast(cast(classed(MASKS[where]()), dtype), torch.float64)
     program = cast(exact, dtype)
-    device = torch.device("cpu")
-    chosen = config("classes", device, 16, dtype)
+    chosen = config("classes", torch.device(DEVICE), 16, dtype)
     layout, padding = geometry.resolve(program, chosen.block_q, chosen.block_k)
     got = class_statistics(program.query, program.key, layout, program.key_class, 4, scale=program.scale, padding=padding)
     truth, plain = expected(exact, 4), expected(program, 4)
@@ -120,7 +127,7 @@ def test_statistics_are_those_of_the_attention_map(where, dtype):
 
 def test_the_parts_of_the_classes_sum_to_plain_attention():
     program = cast(classed(make(L=70)), torch.float32)
-    chosen = config("classes", torch.device("cpu"), 16, torch.float32)
+    chosen = config("classes", torch.device(DEVICE), 16, torch.float32)
     layout, padding = geometry.resolve(program, chosen.block_q, chosen.block_k)
     parts, mass, _, _ = class_attention(
         program.query, program.key, program.value, layout, program.key_class, 4, scale=program.scale, padding=padding
@@ -135,7 +142,7 @@ def test_the_map_of_32_heads_is_never_made():
 
     program = cast(make(B=1, H=2, Hkv=1, L=600, D=16), torch.float32)
     layout, padding = geometry.resolve(program, 32, 32)
-    key_class = classes(program, 4)
+    key_class = classes(program, 4).to(DEVICE)
     with LargestTensor() as watch:
         class_statistics(program.query, program.key, layout, key_class, 4, scale=0.25, padding=padding)
     assert watch.numel <= 600 * 4 * 8

@@ -7,14 +7,22 @@ import torch
 
 from hf_attn_patch.kernels import UnsupportedProgram, attention, why_not
 from hf_attn_patch.rules import SinkWindow
-from tests.kernels.budget import assert_within_budget, cast
+from tests.kernels import budget
+from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import all_edits, all_masks, all_rules, classes, edit, make, ragged
 
+from .conftest import DEVICE, HALVES
+
 MASKS, EDITS, RULES = all_masks(), all_edits(), all_rules()
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, *HALVES]
 NO_KERNEL = ("opaque rule", "opaque rule, padded", "given bool", "given float", "hole in padding",
              "hole in padding, bidirectional")  # fmt: skip
 pytestmark = pytest.mark.usefixtures("fresh_buffers_hold_nan")
+
+
+def cast(program, dtype):
+    """The program in `dtype`, where kernels run."""
+    return budget.cast(program, dtype, DEVICE)
 
 
 def holds(program, dtype=torch.float32, gradients=False):
@@ -111,11 +119,12 @@ def test_every_edit(name, where):
     holds(program, gradients=where in ("causal", "chunk with cache"))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["two score edits", "softcap", "head gate", "blend mean value", "query scale"])
-def test_edits_in_half_precision(name):
+def test_edits_in_half_precision(name, dtype):
     program = make()
     program.classify(classes(program))
-    holds(EDITS[name](program), torch.float16, gradients=True)
+    holds(EDITS[name](program), dtype, gradients=True)
 
 
 def test_edits_combine_with_rules_and_gates():
@@ -159,7 +168,7 @@ def test_the_output_lies_in_memory_as_the_output_projection_reads_it():
 
 
 def test_a_trained_gate_gets_its_gradient():
-    gate = torch.rand(4, dtype=torch.float32)
+    gate = torch.rand(4, dtype=torch.float32, device=DEVICE)
     grads = []
     for impl in ("triton", "reference"):
         g = gate.clone().requires_grad_(True)
