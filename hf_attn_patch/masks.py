@@ -9,7 +9,6 @@ Coordinates are *columns*: index of a token in the padded sequence, counted over
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,8 +79,8 @@ def _facts_of(rule: Callable | None) -> tuple[bool, int | None, bool]:
 
 
 class fact:
-    """A property computed once. (`functools.cached_property` holds a lock before Python 3.12, which torch.compile cannot
-    trace.)"""
+    """A property computed once. (Before Python 3.12 `functools.cached_property` holds a lock, which torch.compile
+    cannot trace.)"""
 
     def __init__(self, compute: Callable[[Any], Any]):
         self.compute, self.name = compute, compute.__name__

@@ -120,7 +120,9 @@ class Program:
         sink_logits: [H], one extra logit per head that takes part in the softmax and has no value (gpt-oss).
         key_class: int8 [B, S_columns], class of the key at each *column*; 0 = no class.
         head_gate: broadcastable to [B, L, H], multiplies the head's output.
-        gate_is_sparse: many gates are exactly 0, so an executor may skip those (head, token) pairs (a hint, not a change).
+        gate_is_sparse: many gates are exactly 0, so an executor may skip those (head, token) pairs (a hint).
+        allow_int8: scores may be computed from INT8 queries and keys where an executor can (a permission; error
+            bound: `kernels/triton/int8.py`); off by default.
         operator: what replaces softmax attention; only "softmax" so far.
     """
 
@@ -140,6 +142,7 @@ class Program:
     blends: list[Blend] = field(default_factory=list)
     head_gate: Tensor | None = None
     gate_is_sparse: bool = False
+    allow_int8: bool = False
     operator: str = "softmax"
     dropout: float = 0.0
     need_weights: bool = False

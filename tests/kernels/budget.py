@@ -29,7 +29,9 @@ def cast(x: Any, dtype: torch.dtype, device: str | None = None) -> Any:
         return [cast(y, dtype, device) for y in x]
     if is_dataclass(x) and not isinstance(x, type) and type(x).__name__ not in ("SinkWindow",):
         changed = {
-            f.name: cast(getattr(x, f.name), dtype, device) for f in fields(x) if f.init and f.name != "_native"
+            f.name: cast(getattr(x, f.name), dtype, device)
+            for f in fields(x)
+            if f.init and f.name != "_native"
         }
         if device is not None and isinstance(x, Mask):
             changed["device"] = device

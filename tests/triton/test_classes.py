@@ -115,7 +115,9 @@ def test_statistics_are_those_of_the_attention_map(where, dtype):
     program = cast(exact, dtype)
     chosen = config("classes", torch.device(DEVICE), 16, dtype)
     layout, padding = geometry.resolve(program, chosen.block_q, chosen.block_k)
-    got = class_statistics(program.query, program.key, layout, program.key_class, 4, scale=program.scale, padding=padding)
+    got = class_statistics(
+        program.query, program.key, layout, program.key_class, 4, scale=program.scale, padding=padding
+    )
     truth, plain = expected(exact, 4), expected(program, 4)
     assert torch.equal(got.count.long(), truth[1])
     alive = truth[2] > float("-inf")
@@ -130,7 +132,14 @@ def test_the_parts_of_the_classes_sum_to_plain_attention():
     chosen = config("classes", torch.device(DEVICE), 16, torch.float32)
     layout, padding = geometry.resolve(program, chosen.block_q, chosen.block_k)
     parts, mass, _, _ = class_attention(
-        program.query, program.key, program.value, layout, program.key_class, 4, scale=program.scale, padding=padding
+        program.query,
+        program.key,
+        program.value,
+        layout,
+        program.key_class,
+        4,
+        scale=program.scale,
+        padding=padding,
     )
     torch.testing.assert_close(parts.sum(0), attention(program, "reference").output)
     torch.testing.assert_close(mass.sum(-1), torch.ones_like(mass[..., 0]))
@@ -159,7 +168,17 @@ def test_gradients_through_mass_edits_are_refused():
 def test_ops_pass_opcheck():
     program = cast(classed(make(B=1, H=2, Hkv=1, L=34)), torch.float32)
     layout, _ = geometry.resolve(program, 32, 32)
-    tensors = (layout.row_ptr, layout.full_count, layout.index, layout.tile, layout.bits, None, None, None, None)
+    tensors = (
+        layout.row_ptr,
+        layout.full_count,
+        layout.index,
+        layout.tile,
+        layout.bits,
+        None,
+        None,
+        None,
+        None,
+    )
     sizes = [34, 34, 32, 32, 1, 1]
     take = [0.0, 0.0, 0.4, 0.4, 0.5, 0.2, 0.0, 1.0, 6.0, 4.0]
     for numbers in ([], take):
@@ -170,7 +189,22 @@ def test_ops_pass_opcheck():
         )  # fmt: skip
     torch.library.opcheck(
         torch.ops.hf_attn_patch.class_statistics,
-        (program.query, program.key, *tensors, program.key_class, 4, None, None, None, None, sizes, 0, 0, 0.0, 0.25),
+        (
+            program.query,
+            program.key,
+            *tensors,
+            program.key_class,
+            4,
+            None,
+            None,
+            None,
+            None,
+            sizes,
+            0,
+            0,
+            0.0,
+            0.25,
+        ),
     )
 
 

@@ -27,11 +27,16 @@ def batch(padded):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("options", [dict(window=20, sinks=2), dict(window=20, sinks=2, heads="0,3")], ids=["all", "heads"])
+@pytest.mark.parametrize(
+    "options", [dict(window=20, sinks=2), dict(window=20, sinks=2, heads="0,3")], ids=["all", "heads"]
+)
 def test_streaming_has_no_graph_break(padded, options):
     model = tiny()
     ids, mask = batch(padded)
-    with hap.patched(model, "streaming", impl="triton", **options) as handle, torch.no_grad():
+    with (
+        hap.patched(model, "streaming", window=20, sinks=2, impl="triton", **options) as handle,
+        torch.no_grad(),
+    ):
         expected = model(ids, attention_mask=mask, use_cache=False).logits
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -110,7 +110,9 @@ def test_head_dims(D, Dv, dtype):
     holds(program, dtype, gradients=True)
 
 
-@pytest.mark.parametrize("where", ["causal", "left padding", "right padding, bidirectional", "chunk with cache"])
+@pytest.mark.parametrize(
+    "where", ["causal", "left padding", "right padding, bidirectional", "chunk with cache"]
+)
 @pytest.mark.parametrize("name", [n for n in EDITS if "mass" not in n and n != "mean_abs"])
 def test_every_edit(name, where):
     program = MASKS[where]()
@@ -120,7 +122,9 @@ def test_every_edit(name, where):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", ["two score edits", "softcap", "head gate", "blend mean value", "query scale"])
+@pytest.mark.parametrize(
+    "name", ["two score edits", "softcap", "head gate", "blend mean value", "query scale"]
+)
 def test_edits_in_half_precision(name, dtype):
     program = make()
     program.classify(classes(program))
@@ -184,7 +188,9 @@ def test_dtypes_without_a_kernel_are_refused(dtype, reason):
 
 
 @pytest.mark.parametrize("L", [1, 7])
-@pytest.mark.parametrize("mask", ["plain", "left padding", "hole", "window", "sliding cache", "bidirectional", "given"])
+@pytest.mark.parametrize(
+    "mask", ["plain", "left padding", "hole", "window", "sliding cache", "bidirectional", "given"]
+)
 @pytest.mark.parametrize("rule", [None, SinkWindow((4, 0), (20, 50)), SinkWindow((4, 0, 1, 2), (20, 50, 9, 30))],
                          ids=["no rule", "per KV head", "per query head"])  # fmt: skip
 def test_decoding(L, mask, rule):
@@ -197,7 +203,9 @@ def test_decoding(L, mask, rule):
         "window": dict(window=33, pads=[(30, 0), (0, 0)]),
         "sliding cache": dict(q_offset=130 - L, kv_offset=33, window=60),
         "bidirectional": dict(causal=False, pads=[(0, 9), (0, 0)]),
-        "given": dict(causal=False, given=torch.rand(2, 1, L, 97, generator=torch.Generator().manual_seed(3)) < 0.5),
+        "given": dict(
+            causal=False, given=torch.rand(2, 1, L, 97, generator=torch.Generator().manual_seed(3)) < 0.5
+        ),
     }[mask]
     program = make(L=L, S=97, **options)
     if rule is not None:
@@ -232,7 +240,9 @@ def test_edits_over_a_cache_with_a_span_per_kv_head_are_refused():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_closed_heads_are_not_computed(where, share):
     program = MASKS[where]()
-    gate = torch.rand(program.batch, program.q_len, program.num_heads, generator=torch.Generator().manual_seed(4))
+    gate = torch.rand(
+        program.batch, program.q_len, program.num_heads, generator=torch.Generator().manual_seed(4)
+    )
     open_ = torch.rand(gate.shape, generator=torch.Generator().manual_seed(5)) < share
     program.gate((gate * open_).double(), sparse=True)
     holds(program, gradients=where in ("causal", "chunk with cache, padded"))

@@ -63,7 +63,9 @@ def test_dynamic_layouts_per_batch_item_and_head(batch, heads, causal):
 def test_top_k_indices_make_a_layout_that_the_kernel_runs():
     q, k, v = inputs(B=1, L=130)
     scores = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(2))
-    layout = BlockLayout.from_topk(scores.topk(3).indices.to(DEVICE), 130, 130, causal=True, block_q=32, block_k=32)
+    layout = BlockLayout.from_topk(
+        scores.topk(3).indices.to(DEVICE), 130, 130, causal=True, block_q=32, block_k=32
+    )
     truth = formula(q.double(), k.double(), v.double(), layout.dense(), 0.25)
     plain, got = formula(q, k, v, layout.dense(), 0.25), layout_attention(q, k, v, layout, scale=0.25)
     clean = lambda pair: [pair[0], pair[1].masked_fill(pair[1] == float("-inf"), 0.0)]
@@ -72,11 +74,17 @@ def test_top_k_indices_make_a_layout_that_the_kernel_runs():
 
 def test_the_gradient_of_the_log_sum_exp():
     q, k, v = inputs(L=65)
-    layout = BlockLayout.from_rule(SinkWindow(3, 20), 65, 65, causal=True, block_q=32, block_k=32, device=DEVICE)
+    layout = BlockLayout.from_rule(
+        SinkWindow(3, 20), 65, 65, causal=True, block_q=32, block_k=32, device=DEVICE
+    )
     results = []
     for dtype, kernel in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
         leaves = [x.to(dtype).requires_grad_(True) for x in (q, k, v)]
-        out, lse = layout_attention(*leaves, layout, scale=0.25) if kernel else formula(*leaves, layout.dense(), 0.25)
+        out, lse = (
+            layout_attention(*leaves, layout, scale=0.25)
+            if kernel
+            else formula(*leaves, layout.dense(), 0.25)
+        )
         results.append(torch.autograd.grad(out.pow(2).sum() + lse.pow(2).sum(), leaves))
     check_budget(("dq", "dk", "dv"), *results, torch.float32)
 
@@ -119,15 +127,32 @@ def test_int8_scores_stay_within_their_error_bound(block, smooth):
     if smooth:
         rough = layout_attention(*(quantise(q, block)[0], quantise(k, block)[0]), v, layout, scale=scale,
                                  quantised=(qs, quantise(k, block)[1], block))[0]  # fmt: skip
-        assert (out - truth).abs().mean() < (rough - truth).abs().mean(), "smoothing must help keys with an offset"
+        assert (out - truth).abs().mean() < (rough - truth).abs().mean(), (
+            "smoothing must help keys with an offset"
+        )
 
 
 def arguments(requires_grad):
     q, k, v = (x.requires_grad_(requires_grad) for x in inputs(B=1, H=2, Hkv=1, L=40))
-    layout = BlockLayout.from_rule(SinkWindow(3, 20), 40, 40, causal=True, block_q=32, block_k=32, device=DEVICE)
+    layout = BlockLayout.from_rule(
+        SinkWindow(3, 20), 40, 40, causal=True, block_q=32, block_k=32, device=DEVICE
+    )
     amounts = torch.rand(1, 1, 2, 40, device=DEVICE)
     key_class = torch.zeros(1, 40, dtype=torch.int8, device=DEVICE)
-    tensors = (q, k, v, layout.row_ptr, layout.full_count, layout.index, layout.tile, layout.bits, None, None, None, None)
+    tensors = (
+        q,
+        k,
+        v,
+        layout.row_ptr,
+        layout.full_count,
+        layout.index,
+        layout.tile,
+        layout.bits,
+        None,
+        None,
+        None,
+        None,
+    )
     sizes = [40, 40, 32, 32, 1, 1, 1, -1, 0]
     return (*tensors, None, None, amounts, key_class, torch.zeros(2, device=DEVICE), None, None, None, None, sizes,
             pack_edits([("add", 0)]), 1, 5.0, 0.25, 0, False, 0)  # fmt: skip

@@ -1,7 +1,7 @@
 """Every registered patch runs on `impl="triton"` with the same results as `reference`, model by model.
 
-Truth is the patched model in float64 on the reference executor, the baseline the same in float32; the kernels in float32
-may be off by twice the baseline plus a rounding band (tests/kernels/budget.py).
+Truth is the patched model in float64 on the reference executor, the baseline the same in float32; the kernels in
+float32 may be off by twice the baseline plus a rounding band (tests/kernels/budget.py).
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def test_every_patch_has_a_case():
 @pytest.mark.parametrize("family, name, options", CASES)
 def test_forward_of_a_padded_batch(family, name, options):
     results, executors = [], []
-    for dtype, impl in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "triton")):
+    for dtype, impl in (
+        (torch.float64, "reference"),
+        (torch.float32, "reference"),
+        (torch.float32, "triton"),
+    ):
         model = built(family, dtype)
         pad = 3 if family != "dinov2" else 0
         inputs = tiny_inputs(model, batch=2, length=37, left_pad=[0, pad], seed=0)

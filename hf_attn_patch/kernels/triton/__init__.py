@@ -1,7 +1,7 @@
 """The Triton executor: layout attention, split-KV decoding and key-class accumulation on a GPU.
 
-It only chooses the kernel and says, for programs no kernel can run, why. Kernels know tensors and layouts; what a `Program`
-means for them is decided here.
+It only chooses the kernel and says, for programs no kernel can run, why. Kernels know tensors and layouts; what a
+`Program` means for them is decided here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from . import geometry
 from .classes import MAX_CLASSES, class_attention
 from .configs import config
 from .decoding import decoded, decodes
+from .int8 import quantise
 from .launch import is_available
 from .layout_attention import MAX_EDITS, Padding
 from .layout_attention import layout_attention as attend_layout
@@ -73,11 +74,33 @@ def run(program: Program) -> tuple[Tensor, None]:
     # the epilogue is fused where nothing has to be differentiated through it
     fused = program.head_gate is not None and not program.blends and not _needs_grad(program)
     layout, padding = _layout(program, "layout")
+    query, key, quantised = _quantised(program) if _in_int8(program) else (program.query, program.key, None)
     out, _ = attend_layout(
-        program.query, program.key, value, layout, padding=padding, key_class=_key_class(program),
+        query, key, value, layout, padding=padding, key_class=_key_class(program), quantised=quantised,  # type: ignore[arg-type]
         head_gate=program.head_gate if fused else None, **_scores(program),
     )  # fmt: skip
     return (out, None) if fused else _finish(program, out)
+
+
+def _in_int8(program: Program) -> bool:
+    """True if INT8 scores are allowed and plain: taking the mean key out shifts every score of a row by one number."""
+    plain = not program.score_edits and program.position_bias is None
+    return (
+        program.allow_int8
+        and plain
+        and program.softcap is None
+        and program.sink_logits is None
+        and not _needs_grad(program)
+    )
+
+
+def _quantised(program: Program) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int]]:
+    """INT8 query and (smoothed) key with their scales, blocks of 64 tokens."""
+    key = program.key
+    assert isinstance(key, Tensor)
+    query8, query_scales = quantise(program.query, 64)
+    key8, key_scales = quantise(key, 64, mean=key.float().mean(2, keepdim=True))
+    return query8, key8, (query_scales, key_scales, 64)
 
 
 def _needs_grad(program: Program) -> bool:
@@ -126,7 +149,9 @@ def _by_class(program: Program) -> Tensor:
     for edit, target in zip(edits, targets):
         now = edit.weights((masses * factors)[..., : edit.classes], number[..., : edit.classes], columns)
         now = torch.nn.functional.pad(now, (0, classes - edit.classes), value=1.0)
-        factors = factors * (now if target is None else torch.where(target[..., None], now, torch.ones_like(now)))
+        factors = factors * (
+            now if target is None else torch.where(target[..., None], now, torch.ones_like(now))
+        )
     return torch.einsum("cbhld,bhlc->bhld", out.float(), factors).to(out.dtype)
 
 

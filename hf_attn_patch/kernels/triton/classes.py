@@ -1,14 +1,15 @@
 """Attention by key class: mass and output of up to four classes of keys in one pass, and mass edits in the epilogue.
 
 Each class keeps its own running maximum, sum and output, merged at the end. A block of keys that holds one class (most
-blocks of a prompt do) therefore costs what it costs in plain attention, whatever the number of classes. Without values the
-same walk returns statistics of the attention map, which nobody has to materialise for that.
+blocks of a prompt do) therefore costs what it costs in plain attention, whatever the number of classes. Without values
+the same walk returns statistics of the attention map, which nobody has to materialise for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -161,7 +162,9 @@ def _class_attention(
     row_scale = 1.0
     if query_scale is not None:
         row_scale = tl.load(
-            query_scale + b * stride_scale_b + h * stride_scale_h + index * stride_scale_l, mask=exists, other=1.0
+            query_scale + b * stride_scale_b + h * stride_scale_h + index * stride_scale_l,
+            mask=exists,
+            other=1.0,
         ).to(tl.float32)[:, None]
     at = tl.where(exists, index, 0)
     bias_row = b * stride_bias_b + h * stride_bias_h + at * stride_bias_l
@@ -360,7 +363,8 @@ def class_attention(
     """
     return _class_op(
         query, key, value, *_layout_tensors(layout, padding), key_class, classes, query_scale, bias, amounts,
-        sink_logits, edited, _sizes(layout), pack_edits(edits), len(edits), softcap or 0.0, scale, _transfer_numbers(transfer),
+        sink_logits, edited, _sizes(layout), pack_edits(edits), len(edits), softcap or 0.0, scale,
+        _transfer_numbers(transfer),
     )  # fmt: skip
 
 
@@ -442,7 +446,7 @@ def _run(
     B, H, L, D = query.shape
     Hkv, E = key.shape[1], D if value is None else value.shape[3]
     fresh = torch.zeros if query_first is not None else torch.empty
-    options = dict(device=query.device, dtype=torch.float32)
+    options: dict[str, Any] = dict(device=query.device, dtype=torch.float32)
     mass, lse = fresh(B, H, L, classes, **options), fresh(B, H, L, **options)
     count = fresh(B, H, L, classes, device=query.device, dtype=torch.int32)
     if query_first is not None:
@@ -513,7 +517,7 @@ _statistics_op = torch.library.custom_op("hf_attn_patch::class_statistics", _sta
 
 
 @_class_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, L, _d = query.shape
     classes, transfer = rest[10], rest[-1]
     shape = (1 if transfer else classes, B, L, H, value.shape[3])
@@ -523,7 +527,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor,
 
 
 @_statistics_op.register_fake
-def _(query: Tensor, key: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, H, L, _d = query.shape
     rows_of = lambda *more, dtype=torch.float32: query.new_empty(B, H, L, *more, dtype=dtype)
     return rows_of(rest[10]), rows_of(rest[10], dtype=torch.int32), rows_of(), rows_of(), rows_of()
@@ -533,7 +537,9 @@ def aot_cases() -> list[Case]:
     """Transfer, per-class outputs and statistics, over head dimensions and numbers of classes."""
     cases = []
 
-    def add(label: str, dtype: torch.dtype, D: int, classes: int, mode: str, default: bool = False, **given: bool) -> None:
+    def add(
+        label: str, dtype: torch.dtype, D: int, classes: int, mode: str, default: bool = False, **given: bool
+    ) -> None:
         def run() -> None:
             empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
             B, H, L, int32, f32 = 2, 32, 4096, torch.int32, torch.float32
@@ -563,5 +569,13 @@ def aot_cases() -> list[Case]:
         add(f"fp16 {D} 4 classes transfer", torch.float16, D, 4, "transfer")
         add(f"fp32 {D} 4 classes transfer", torch.float32, D, 4, "transfer")
         add(f"bf16 {D} 4 classes transfer padded", torch.bfloat16, D, 4, "transfer", padded=True)
-        add(f"bf16 {D} 4 classes transfer edits softcap", torch.bfloat16, D, 4, "transfer", edits=True, softcap=True)
+        add(
+            f"bf16 {D} 4 classes transfer edits softcap",
+            torch.bfloat16,
+            D,
+            4,
+            "transfer",
+            edits=True,
+            softcap=True,
+        )
     return cases

@@ -29,7 +29,7 @@ class Config:
     num_stages: int = 2
 
 
-# kernel -> architecture ("" = any other) -> rows (largest head dimension, largest item size in bytes, Config); first fit
+# kernel -> architecture ("" = any other) -> rows (largest head dimension, largest item size in bytes, Config)
 TABLE: dict[str, dict[str, list[tuple[int, int, Config]]]] = {}  # filled by `rows` in each kernel file
 INTERPRETER = Config(32, 32, 1, 1)
 

@@ -1,7 +1,7 @@
 """When a `Program` is decoding, and what the split-KV kernel is told about it.
 
-Padding, causality, windows and sinks stay arithmetic, so time follows the span of a head. Any other mask or rule becomes a byte
-per (row, key), which is little beside the keys themselves.
+Padding, causality, windows and sinks stay arithmetic, so time follows the span of a head. Any other mask or rule
+becomes a byte per (row, key), which is little beside the keys themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FEW_ROWS = 16  # query tokens; above, a layout saves more than the split brings
 
 
 def decodes(program: Program) -> bool:
-    """True if the split-KV kernel runs `program`: few rows (or a cache by KV head), unedited, nothing to differentiate."""
+    """True if the split-KV kernel runs `program`: few rows (or a cache by KV head), no edits, no gradients."""
     tensors = (program.query, program.head_gate, program.query_scale, program.sink_logits)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return False
@@ -49,7 +49,9 @@ def decoded(program: Program) -> Tensor:
         options["window"] = mask.window
         if mask.has_padding:
             options["starts"], options["ends"] = ends_of_rows(mask, device)
-    plain_rule = rule is None or (isinstance(rule, SinkWindow) and mask.causal and rule.heads in (1, program.num_kv_heads))
+    plain_rule = rule is None or (
+        isinstance(rule, SinkWindow) and mask.causal and rule.heads in (1, program.num_kv_heads)
+    )
     if plain_rule and isinstance(rule, SinkWindow):
         heads = program.num_kv_heads
         pairs = [rule.of(h if rule.heads > 1 else 0) for h in range(heads)]

@@ -37,7 +37,8 @@ def _described(x: Any) -> Any:
     """A rule as nested tuples (class, field values ...). An object made while torch.compile traces reaches a constant
     function with the *defaults* of its class, not with its values (torch 2.13)."""
     if isinstance(x, Rule):
-        return (type(x), *[_described(getattr(x, name)) for name in type(x).__dataclass_fields__])
+        kind: Any = type(x)
+        return (kind, *[_described(getattr(x, name)) for name in kind.__dataclass_fields__])
     return tuple(_described(y) for y in x) if isinstance(x, tuple) else x
 
 
@@ -64,7 +65,11 @@ def why_not(program: Program) -> str | None:
         return "the model brought a mask of its own (a tensor or a custom rule), which is no arithmetic of positions"
     if torch.compiler.is_compiling() and mask.padding is not None:
         simple = mask.causal and mask.q_offset == mask.kv_offset == 0 and mask.q_len == mask.kv_len
-        return None if simple else "padding while torch.compile traces, other than in a causal forward without a cache"
+        return (
+            None
+            if simple
+            else "padding while torch.compile traces, other than in a causal forward without a cache"
+        )
     spans = mask.real_spans
     if spans is None:
         return "the padding has holes inside a row"
@@ -101,7 +106,8 @@ def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, 
     window = mask.window
     if len(set(shared)) == 1:
         row = shared[0]
-        layout = layout_for(program.rule, row.q_len, row.kv_len, row.q_offset, mask.causal, window, block_q, block_k, device)  # fmt: skip
+        shape = (row.q_len, row.kv_len, row.q_offset, mask.causal, window, block_q, block_k, device)
+        layout = layout_for(program.rule, *shape)
     else:
         layout = stacked(program.rule, tuple(shared), mask.causal, window, block_q, block_k, device)
     # a key behind the end of a row must be checked for, unless no query of the row is late enough to see it
@@ -114,7 +120,9 @@ def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, 
         return on_device(mask, values, device) if needed else None
 
     return layout, Padding(
-        numbers(query_first, any(query_first)), numbers(key_first, any(key_first)), numbers(key_length, exposed)
+        numbers(query_first, any(query_first)),
+        numbers(key_first, any(key_first)),
+        numbers(key_length, exposed),
     )
 
 
@@ -166,7 +174,10 @@ def stacked(
     device: torch.device,
 ) -> BlockLayout:  # fmt: skip
     """One layout with batch = len(rows) from the layouts of the rows."""
-    parts = [layout_for(rule, r.q_len, r.kv_len, r.q_offset, causal, window, block_q, block_k, device) for r in rows]
+    parts = [
+        layout_for(rule, r.q_len, r.kv_len, r.q_offset, causal, window, block_q, block_k, device)
+        for r in rows
+    ]
     longest = max(parts, key=lambda part: part.q_blocks)
     pointers, full, index, tile, bits = [torch.zeros(1, dtype=torch.int32, device=device)], [], [], [], []
     entries = tiles = 0
@@ -176,12 +187,22 @@ def stacked(
         counts = part.row_ptr.diff().reshape(part.heads, part.q_blocks)
         counts = torch.nn.functional.pad(counts, (0, missing)).reshape(-1)
         pointers.append((counts.cumsum(0) + entries).int())
-        full.append(torch.nn.functional.pad(part.full_count.reshape(part.heads, -1), (0, missing)).reshape(-1))
+        full.append(
+            torch.nn.functional.pad(part.full_count.reshape(part.heads, -1), (0, missing)).reshape(-1)
+        )
         index.append(part.index)
         tile.append(torch.where(part.tile >= 0, part.tile + tiles, part.tile))
         bits.append(part.bits)
         entries, tiles = entries + part.entries, tiles + part.bits.shape[0]
     return replace(
-        longest, batch=len(rows), q_len=max(r.q_len for r in rows), kv_len=max(r.kv_len for r in rows), row_ptr=torch.cat(pointers),
-        full_count=torch.cat(full), index=torch.cat(index), tile=torch.cat(tile).int(), bits=torch.cat(bits), cached={},
-    )  # fmt: skip
+        longest,
+        batch=len(rows),
+        q_len=max(r.q_len for r in rows),
+        kv_len=max(r.kv_len for r in rows),
+        row_ptr=torch.cat(pointers),
+        full_count=torch.cat(full),
+        index=torch.cat(index),
+        tile=torch.cat(tile).int(),
+        bits=torch.cat(bits),
+        cached={},
+    )

@@ -1,8 +1,8 @@
 """How Triton kernels are launched: on a GPU, in the interpreter, or *recorded* for ahead-of-time compilation.
 
 Every kernel of this package goes through `launch`. While `recording` is active nothing runs: the launch is noted with
-the types of its arguments, so that `aot` compiles exactly what a GPU would be asked to run, for any target, on a machine
-that has none.
+the types of its arguments, so that `aot` compiles exactly what a GPU would be asked to run, for any target, on a
+machine that has none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 class Target:
     """A GPU architecture.
 
-    name: ``sm80`` … ``gfx942``. backend: ``cuda`` or ``hip``. arch: what `triton.compile` wants. warp: threads per warp.
+    name: ``sm80`` … ``gfx942``. backend: ``cuda`` or ``hip``. arch: what `triton.compile` wants. warp: its threads.
     shared: bytes of shared memory (LDS) one program may use.
     """
 
@@ -147,8 +147,8 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 def split_dim(dim: int) -> tuple[int, int]:
-    """A head dimension as two powers of two (the second 0 if one is enough), so that 72, 80, 96, 160, 192 do not pay for
-    128 or 256: 80 -> (64, 16), 96 -> (64, 32), 72 -> (64, 16), 40 -> (32, 16), 64 -> (64, 0)."""
+    """A head dimension as two powers of two (the second 0 if one is enough), so that 72, 80, 96, 160, 192 do not pay
+    for 128 or 256: 80 -> (64, 16), 96 -> (64, 32), 72 -> (64, 16), 40 -> (32, 16), 64 -> (64, 0)."""
     whole = power_of_two(dim)
     if whole == dim or whole <= 16:
         return whole, 0

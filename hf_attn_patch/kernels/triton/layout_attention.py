@@ -1,14 +1,15 @@
 """Layout attention as a custom op with gradients: `layout_attention(query, key, value, layout, ...)`.
 
-The op takes a `BlockLayout` as plain tensors, so that torch.compile and autograd see nothing but tensors. It
-computes softmax over visible keys of edited scores, the log-sum-exp of every row, and on request the epilogue (own-value blend,
-head gate). See `hf_attn_patch.program` for the formula.
+The op takes a `BlockLayout` as plain tensors, so that torch.compile and autograd see nothing but tensors. It computes
+softmax over visible keys of edited scores, the log-sum-exp of every row, and on request the epilogue (own-value
+blend, head gate). See `hf_attn_patch.program` for the formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,11 @@ MAX_EDITS = 7  # eight bits each in one int64
 
 # without tensor cores (fp32 products are exact) a product lives in registers: small blocks, many warps
 _FP32 = [(256, 4, Config(32, 32, 8, 1))]
-_WIDE = (256, 2, Config(64, 32, 8, 2))  # 32 keys: dK and dV of 64 keys by 256 dimensions do not fit in registers
+_WIDE = (
+    256,
+    2,
+    Config(64, 32, 8, 2),
+)  # 32 keys: dK and dV of 64 keys by 256 dimensions do not fit in registers
 rows("layout", sm90=[(64, 2, Config(128, 64, 4, 3)), (128, 2, Config(128, 64, 8, 3)), _WIDE, *_FP32],
      gfx942=[(128, 2, Config(128, 64, 8, 2)), (256, 2, Config(64, 32, 4, 1)), *_FP32],
      other=[(128, 2, Config(128, 64, 8, 3)), _WIDE, *_FP32])  # fmt: skip
@@ -87,14 +92,15 @@ def layout_attention(
         layout: heads 1, Hkv or H; batch 1 or B; block sizes powers of two.
         query_scale: broadcastable to [B, H, L, 1]. bias: additive, broadcastable to [B, H, L, S], not differentiated.
         edits, amounts: score edits in order as (kind, key class), and their amounts float32 [E, B|1, H|1, L|1].
-        key_class: int8 [B|1, S]. sink_logits: [H]. head_gate: broadcastable to [B, L, H]; query blocks whose gates are all 0
-            are skipped. blend: float32 [B|1, H|1, L|1], u of ``(1 - u) o + u v``, v the value at key ``row + own_shift``.
+        key_class: int8 [B|1, S]. sink_logits: [H]. head_gate: broadcastable to [B, L, H]; query blocks whose gates are
+            all 0 are skipped. blend: float32 [B|1, H|1, L|1], u of ``(1 - u) o + u v``, v the value at key
+            ``row + own_shift``.
         uniform: every visible key weighs the same (mean of values), query and key are not read.
-        quantised: (query scales fp32 [B, H, blocks], key scales fp32 [B, Hkv, blocks], tokens per block); query and key
-            are then int8.
+        quantised: (query scales fp32 [B, H, blocks], key scales fp32 [B, Hkv, blocks], tokens per block); query and
+            key are then int8.
 
     Returns:
-        (output [B, H, L, Dv], natural log-sum-exp of the edited scores, float32 [B, H, L], -inf for rows that see nothing).
+        (output [B, H, L, Dv], natural log-sum-exp of edited scores float32 [B, H, L], -inf for rows that see nothing).
         Differentiable in query, key, value and sink_logits, unless `head_gate`, `blend` or `quantised` are given.
     """
     padding = padding or Padding()
@@ -148,7 +154,9 @@ def _forward_impl(
     out, lse = out.transpose(1, 2), lse.contiguous()
     q_blocks = -(-(q_len if order is None else order.shape[0]) // block_q)
     query_scale, bias = _four(query_scale), _four(bias)
-    gate = None if head_gate is None else head_gate.reshape((1,) * (3 - head_gate.ndim) + tuple(head_gate.shape))
+    gate = (
+        None if head_gate is None else head_gate.reshape((1,) * (3 - head_gate.ndim) + tuple(head_gate.shape))
+    )
     D1, D2 = split_dim(D)
     E1, E2 = split_dim(E)
     chosen = config("layout", value.device, max(D, E), value.dtype)
@@ -183,16 +191,18 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 _transposed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _transpose(row_ptr: Tensor, *parts: Tensor | None, layout: Sequence[int]) -> BlockLayout:
+def _transpose(
+    row_ptr: Tensor, full_count: Tensor, index: Tensor, tile: Tensor, bits: Tensor, order: Tensor | None,
+    layout: Sequence[int],
+) -> BlockLayout:  # fmt: skip
     """Transposed layout, computed once per layout and kept as long as its `row_ptr` lives."""
     known = _transposed.get(row_ptr)
     if known is None:
-        full_count, index, tile, bits, order = parts
         q_len, kv_len, block_q, block_k, batch, heads, causal, window, q_offset = layout
         known = BlockLayout(
             q_len, kv_len, q_offset, batch, heads, block_q, block_k, row_ptr, full_count, index, tile, bits, order,
             bool(causal), None if window < 0 else window,
-        ).transpose()  # type: ignore[arg-type]  # fmt: skip
+        ).transpose()  # fmt: skip
         _transposed[row_ptr] = known
     return known
 
@@ -245,7 +255,7 @@ def _backward_impl(
             **constants, STEP=min(chosen.block_k, block_k), CHECK_KEYS=key_length is not None,
             num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
-    turned = _transpose(row_ptr, full_count, entries, tiles, bits, order, layout=layout)
+    turned = _transpose(row_ptr, full_count, entries, tiles, bits, order, layout)
     chosen = config("layout_dkv", value.device, max(D, E), value.dtype)
     launch(
         _layout_dkv, (B * Hkv * k_blocks,),
@@ -269,7 +279,8 @@ _layout_attention_backward = torch.library.custom_op(
 
 @_layout_attention_backward.register_fake
 def _(
-    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(lse)
 
@@ -294,7 +305,9 @@ def _backward(ctx, grad: Tensor, grad_lse: Tensor | None):  # type: ignore[no-un
     out, lse, *saved, sinks = ctx.saved_tensors
     dq, dk, dv, delta = _layout_attention_backward(grad, grad_lse, out, lse, *saved, *ctx.numbers)
     dsinks = None
-    if sinks is not None:  # the extra logit takes probability p and has value 0: its score gradient is -p * delta
+    if (
+        sinks is not None
+    ):  # the extra logit takes probability p and has value 0: its score gradient is -p * delta
         p = torch.exp(sinks.float()[None, :, None] - lse)
         dsinks = -(torch.where(lse == float("-inf"), 0.0, p) * delta).sum((0, 2)).to(sinks.dtype)
     return (dq, dk, dv, *[None] * (_SINKS - 3), dsinks, *[None] * 12)
@@ -343,7 +356,8 @@ def _case(label: str, dtype: torch.dtype, D: int, E: int, default: bool = False,
             number("sinks", 32), number("gate", 2, 4096, 32), number("blend", 2, 32, 4096, 1),
             number("int8", 2, 32, 32), number("int8", 2, 8, 32),
         ]  # fmt: skip
-        _forward_impl(*tensors, *epilogue, *numbers, 0, bool(given.get("uniform")), 128)
+        run: Any = _forward_impl
+        run(*tensors, *epilogue, *numbers, 0, bool(given.get("uniform")), 128)
 
     def backward() -> None:
         tensors, numbers = inputs()
@@ -354,7 +368,8 @@ def _case(label: str, dtype: torch.dtype, D: int, E: int, default: bool = False,
         _transposed[row_ptr] = BlockLayout(
             4096, 4096, 0, 1, 1, sizes[3], sizes[2], row_ptr, full, index, tile, turned, order, transposed=True
         )  # fmt: skip
-        _backward_impl(out, None, out, lse, *tensors, *numbers, bool(given.get("uniform")))
+        run: Any = _backward_impl
+        run(out, None, out, lse, *tensors, *numbers, bool(given.get("uniform")))
 
     cases = [Case(f"{label} forward", forward, default)]
     if not any(given.get(name) for name in ("gate", "blend", "int8", "sinks")):

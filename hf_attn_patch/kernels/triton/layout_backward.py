@@ -1,7 +1,7 @@
 """Backward kernels of layout attention: dQ over the layout, dK and dV over its transpose (no atomics, deterministic).
 
-Probabilities are rebuilt from the saved log-sum-exp. Score edits and softcap act elementwise, so their chain rule is one
-factor per element (`slope`). With P the probabilities, dP = dO V^T and delta_i = dO_i . O_i:
+Probabilities are rebuilt from the saved log-sum-exp. Score edits and softcap act elementwise, so their chain rule is
+one factor per element (`slope`). With P the probabilities, dP = dO V^T and delta_i = dO_i . O_i:
 dS = P (dP - delta) slope,  dQ = c dS K,  dK = c dS^T Q,  dV = P^T dO   (c = scale * query_scale of the row).
 """
 
@@ -151,7 +151,9 @@ def _layout_dq(
     row_scale = 1.0
     if query_scale is not None:
         row_scale = tl.load(
-            query_scale + b * stride_scale_b + h * stride_scale_h + index * stride_scale_l, mask=exists, other=1.0
+            query_scale + b * stride_scale_b + h * stride_scale_h + index * stride_scale_l,
+            mask=exists,
+            other=1.0,
         ).to(tl.float32)[:, None]
     bias_row = b * stride_bias_b + h * stride_bias_h + tl.where(exists, index, 0) * stride_bias_l
     amount_at = b * stride_amount_b + h * stride_amount_h + tl.where(exists, index, 0) * stride_amount_l

@@ -39,7 +39,9 @@ def _forward_entry(
             else:
                 s += tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
         if q8 is not None:
-            s = s.to(tl.float32) * (q8[:, None] * tl.load(k8 + index // quantised_block, mask=exists, other=0.0))
+            s = s.to(tl.float32) * (
+                q8[:, None] * tl.load(k8 + index // quantised_block, mask=exists, other=0.0)
+            )
         if (CAP > 0.0) or (EDITS > 0) or (bias is not None):
             kinds = 0
             if classes is not None:
@@ -138,7 +140,9 @@ def _layout_forward(
     row_scale = 1.0
     if query_scale is not None:
         row_scale = tl.load(
-            query_scale + b * stride_scale_b + h * stride_scale_h + index * stride_scale_l, mask=exists, other=1.0
+            query_scale + b * stride_scale_b + h * stride_scale_h + index * stride_scale_l,
+            mask=exists,
+            other=1.0,
         ).to(tl.float32)[:, None]
     q8_scale = None
     if q8 is not None:

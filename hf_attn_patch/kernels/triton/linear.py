@@ -5,6 +5,9 @@ Formulas, shapes and meaning of the arguments: `kernels.linear`, which checks th
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -235,8 +238,10 @@ def aot_cases() -> list[Case]:
         mask = meta(torch.uint8, B, S) if masked else None
         state = (meta(torch.float32, B, Hkv, F, DV), meta(torch.float32, B, Hkv, F))
         before = state if masked else (None, None)
-        out, inverse, *_ = _linear_forward_impl(fq, fk, value, mask, *before, causal, normalise, 1e-12)
-        _linear_backward_impl(out, *state, fq, fk, value, mask, *before, out, inverse, causal, normalise)
+        forward: Any = _linear_forward_impl
+        backward: Any = _linear_backward_impl
+        out, inverse, *_ = forward(fq, fk, value, mask, *before, causal, normalise, 1e-12)
+        backward(out, *state, fq, fk, value, mask, *before, out, inverse, causal, normalise)
 
     def step(dtype, F, DV):
         state = (meta(torch.float32, 2, 2, F, DV), meta(torch.float32, 2, 2, F))
@@ -252,10 +257,12 @@ def aot_cases() -> list[Case]:
             for causal in (True, False):
                 for masked in (True, False):
                     label = f"linear {'causal' if causal else 'full'} {name}{' mask state' if masked else ''}"
-                    run = lambda a=(dtype, F, DV, causal, masked, True): call(*a)
+                    run = functools.partial(call, dtype, F, DV, causal, masked, True)
                     default = dtype == torch.bfloat16 and DV in (64, 128) and F == 128 and masked == causal
                     cases.append(Case(label, run, default))
-            cases.append(Case(f"linear sum {name}", lambda a=(dtype, F, DV, True, False, False): call(*a)))
+            cases.append(
+                Case(f"linear sum {name}", functools.partial(call, dtype, F, DV, True, False, False))
+            )
             default = dtype == torch.bfloat16 and (F, DV) == (256, 128)
-            cases.append(Case(f"linear step {name}", lambda a=(dtype, F, DV): step(*a), default))
+            cases.append(Case(f"linear step {name}", functools.partial(step, dtype, F, DV), default))
     return cases

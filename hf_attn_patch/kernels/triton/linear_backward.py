@@ -8,6 +8,8 @@ With i the rows, j the keys, D_i = dout_i . out_i and n_i the normaliser::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -217,7 +219,7 @@ def backward(
     chosen = configs.config("linear_backward", fq.device, max(F, DV), fq.dtype)
     BF, BV = tile(F, chosen.block_k), tile(DV, chosen.block_k)
     dfq, dfk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (fq, fk, value))
-    common = dict(
+    common: dict[str, Any] = dict(
         num_warps=chosen.num_warps, num_stages=chosen.num_stages, CAUSAL=causal,
         F=F, DV=DV, C=chunk, BF=BF, BV=BV, PRECISION=precision(fq.dtype),
     )  # fmt: skip

@@ -11,6 +11,7 @@ The second term of ds is the derivative of c_i; a tie for the maximum gives it t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -379,7 +380,7 @@ def backward(
     u = torch.empty((B, H, L), dtype=torch.float32, device=query.device)
     f_tiles, rows, keys = triton.cdiv(F, BF), triton.cdiv(L, chunk), triton.cdiv(S, chunk)
     dl = torch.empty((B, H, L, f_tiles), dtype=torch.float32, device=query.device)
-    common = dict(
+    common: dict[str, Any] = dict(
         num_warps=chosen.num_warps, num_stages=chosen.num_stages, SLIDING=sliding, C=chunk,
         PRECISION=precision(query.dtype),
     )  # fmt: skip

@@ -38,8 +38,8 @@ def sink_tokens(hidden: Tensor, dims: tuple[int, ...], tau: float, eps: float = 
 
 def transfer(rho: float, min_mass: float, move: float) -> MassTransfer:
     """Where the sink share ``m_is / (m_i + m_is + 1e-6 n) <= rho`` (n image keys, the 1e-6 is added per key in the
-    original) and the image mass ``m_i + m_is >= min_mass``, sinks keep ``1 - move`` of their mass and the moved mass goes
-    to the other image keys in proportion."""
+    original) and the image mass ``m_i + m_is >= min_mass``, sinks keep ``1 - move`` of their mass and the moved mass
+    goes to the other image keys in proportion."""
     return MassTransfer(
         take=(0.0, 0.0, move, move), give=IMAGE, within=(IMAGE, IMAGE_SINK), limited=(IMAGE_SINK,),
         min_mass=min_mass, max_share=rho, count_eps=1e-6,
