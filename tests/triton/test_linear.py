@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from hf_attn_patch.kernels import linear as api
@@ -19,7 +20,7 @@ from tests.triton.conftest import DEVICE
 pytestmark = pytest.mark.usefixtures("fresh_buffers_hold_nan")
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-GOLDEN = [Path(__file__).parents[1] / "golden", Path(__file__).parents[3] / "shared" / "golden"]
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def uniform(g: torch.Generator, *shape: int) -> Tensor:
@@ -357,12 +358,8 @@ def test_chunked_torch_is_the_formula(length):
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any], float]:
-    """(tensors, config, tolerance) of a golden file, from the project or the folder beside it."""
-    safetensors = pytest.importorskip("safetensors")
-    path = next((p for folder in GOLDEN if (p := folder / f"{name}.safetensors").exists()), None)
-    if path is None:
-        pytest.skip(f"{name}.safetensors is in none of {', '.join(map(str, GOLDEN))}")
-    with safetensors.safe_open(str(path), "pt") as file:
+    """(tensors, config, tolerance) of a golden file."""
+    with safe_open(str(GOLDEN / f"{name}.safetensors"), "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         meta = file.metadata()
     return tensors, json.loads(meta["config"]), float(meta["tolerance"])

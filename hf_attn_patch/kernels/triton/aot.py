@@ -54,6 +54,19 @@ class Case:
     default: bool = False
 
 
+def sizes() -> Iterator[tuple[str, torch.dtype, int, bool]]:
+    """(name of a dtype, dtype, head dimension, whether options are compiled too) for the cases of a kernel file.
+
+    bf16 and fp32 have every head dimension that is a size class of its own, fp16 (the machine code of bf16, by another
+    instruction) 64 and 128; options get bf16 at 64 and 128.
+    """
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for dim in (16, 40, 64, 80, 96, 128, 192, 256):
+            usual = dim in (64, 128)
+            if usual or dtype != torch.float16:
+                yield name, dtype, dim, usual and dtype == torch.bfloat16
+
+
 @dataclass
 class Compiled:
     """Resources of one kernel on one target.

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config, config, rows
 from .launch import launch, split_dim
 from .pooling import dense_last
@@ -275,25 +275,22 @@ def aot_cases() -> list[Case]:
 
     starts = torch.empty(2, dtype=torch.int32, device="meta")
     cases = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for dim in (16, 64, 80, 96, 128, 192, 256):
-            quick = dtype == torch.bfloat16 and dim in (64, 128)
-            what = f"{str(dtype).removeprefix('torch.')} D={dim}"
-            q, k = tensor(8, dim, dtype), tensor(2, dim, dtype)
-            for block, stride, causal, padded in (
-                (64, 16, True, starts),
-                (128, 8, True, None),
-                (128, 16, True, starts),
-                (128, 16, False, None),
-                (128, 2, True, None),
-            ):
-                cases.append(
-                    Case(
-                        f"antidiagonal {what} block={block} stride={stride}"
-                        + (" causal" if causal else "")
-                        + ("" if padded is None else " starts"),
-                        partial(_antidiagonal_impl, q, k, block, stride, 0.1, 0, causal, padded),
-                        quick and (block, stride) == (128, 16) and causal,
-                    )
+    for name, dtype, dim, options in sizes():
+        q, k = tensor(8, dim, dtype), tensor(2, dim, dtype)
+        for block, stride, causal, padded in (
+            (128, 16, True, starts),
+            (64, 16, True, starts),
+            (128, 8, True, None),
+            (128, 16, False, None),
+            (128, 2, True, None),
+        )[: 5 if options else 1]:
+            cases.append(
+                Case(
+                    f"antidiagonal {name} D={dim} block={block} stride={stride}"
+                    + (" causal" if causal else "")
+                    + ("" if padded is None else " starts"),
+                    partial(_antidiagonal_impl, q, k, block, stride, 0.1, 0, causal, padded),
+                    options and (block, stride) == (128, 16) and causal,
                 )
+            )
     return cases

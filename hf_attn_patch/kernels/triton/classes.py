@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...program import MassTransfer
 from ..layout import BlockLayout
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config, config, rows
 from .launch import launch, power_of_two, split_dim
 from .layout_attention import Padding, _four, _last_contiguous, _precision, _strides, pack_edits
@@ -26,8 +26,11 @@ from .scores import LN2, LOG2E, edited_scores, load_rows, token_index, visible_b
 
 MAX_CLASSES = 4
 
-rows("classes", other=[(64, 2, Config(64, 64, 4, 2)), (128, 2, Config(64, 64, 8, 2)), (256, 4, Config(32, 32, 8, 1))],
-     gfx942=[(64, 2, Config(64, 64, 4, 1)), (128, 2, Config(64, 32, 8, 1)), (256, 4, Config(32, 32, 8, 1))])  # fmt: skip
+# an output per class is kept in registers: 4 x [64, 128] fp32 is all that eight warps can hold, without much else
+rows("classes", other=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(64, 32, 8, 2)), (256, 4, Config(32, 32, 8, 1))],
+     sm100=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(32, 32, 8, 2)), (256, 4, Config(32, 32, 8, 1))],
+     # four warps have 512 registers per thread
+     gfx942=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(64, 32, 8, 1)), (256, 4, Config(32, 32, 4, 1))])  # fmt: skip
 
 
 @triton.jit
@@ -561,21 +564,12 @@ def aot_cases() -> list[Case]:
 
         cases.append(Case(label, run, default))
 
-    for D in (64, 80, 128, 256):
-        for mode in ("transfer", "outputs", "statistics"):
-            add(f"bf16 {D} 4 classes {mode}", torch.bfloat16, D, 4, mode, D == 128 and mode != "outputs")
-    for D in (64, 128):
-        add(f"bf16 {D} 2 classes outputs", torch.bfloat16, D, 2, "outputs")
-        add(f"fp16 {D} 4 classes transfer", torch.float16, D, 4, "transfer")
-        add(f"fp32 {D} 4 classes transfer", torch.float32, D, 4, "transfer")
-        add(f"bf16 {D} 4 classes transfer padded", torch.bfloat16, D, 4, "transfer", padded=True)
-        add(
-            f"bf16 {D} 4 classes transfer edits softcap",
-            torch.bfloat16,
-            D,
-            4,
-            "transfer",
-            edits=True,
-            softcap=True,
-        )
+    for name, dtype, D, options in sizes():
+        add(f"{name} {D} 4 classes transfer", dtype, D, 4, "transfer", options)
+        if options:
+            add(f"{name} {D} 4 classes outputs", dtype, D, 4, "outputs")
+            add(f"{name} {D} 4 classes statistics", dtype, D, 4, "statistics", D == 128)
+            add(f"{name} {D} 2 classes outputs", dtype, D, 2, "outputs")
+            add(f"{name} {D} 4 classes transfer padded", dtype, D, 4, "transfer", padded=True)
+            add(f"{name} {D} 4 classes transfer edits softcap", dtype, D, 4, "transfer", edits=True, softcap=True)
     return cases

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config
 from .launch import launch, power_of_two, split_dim
 from .scores import LN2, LOG2E, load_rows, soft_cap
@@ -563,7 +563,7 @@ def aot_cases() -> list[Case]:
     """Everything a user can ask for, by dtype, head dimension and combination of options."""
 
     def case(
-        dtype: torch.dtype, dim: int, rows: int, split: int, default: bool, kind: str, **options: Any
+        name: str, dtype: torch.dtype, dim: int, rows: int, split: int, default: bool, kind: str
     ) -> Case:
         meta = functools.partial(torch.empty, device="meta")
         B, H, n, S = 2, 8, 2, 4096
@@ -587,7 +587,7 @@ def aot_cases() -> list[Case]:
         }
 
         def run() -> None:
-            call = _common({**given, **makers[kind](), **options})
+            call = _common({**given, **makers[kind]()})
             q = meta((B, H, rows, dim), dtype=dtype)
             k, v = (meta((B, n, S, dim), dtype=dtype) for _ in range(2))
             if kind == "ring":
@@ -596,16 +596,13 @@ def aot_cases() -> list[Case]:
             else:
                 _decode_impl(q, k, v, **call)
 
-        name = str(dtype).removeprefix("torch.")
         return Case(f"decode {kind} {name} D{dim} L{rows} splits{split}", run, default)
 
     cases = []
-    usual = {(64, 1, 8, "spans"), (128, 1, 8, "first column"), (128, 16, 1, "window"), (128, 1, 8, "ring")}
-    kinds = ("plain", "first column", "bidirectional", "window", "spans", "ring", "allowed", "gpt-oss")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for dim in (16, 64, 80, 96, 128, 192, 256):
-            for rows, split in ((1, 8), (16, 1)):
-                for kind in (*kinds, "cap, scale, gate"):
-                    default = dtype == torch.bfloat16 and (dim, rows, split, kind) in usual
-                    cases.append(case(dtype, dim, rows, split, default, kind))
+    usual = {(64, 1, "spans"), (128, 1, "first column"), (128, 16, "window"), (128, 1, "ring")}
+    kinds = ("first column", "bidirectional", "window", "spans", "ring", "allowed", "gpt-oss", "cap, scale, gate")
+    for name, dtype, dim, options in sizes():
+        for rows, split in ((1, 8), (16, 1)):
+            for kind in ("plain", *kinds) if options else ("plain",):
+                cases.append(case(name, dtype, dim, rows, split, options and (dim, rows, kind) in usual, kind))
     return cases

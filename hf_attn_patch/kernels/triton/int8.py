@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config, config, rows
 from .launch import launch, power_of_two
 from .pooling import dense_last
@@ -146,18 +146,11 @@ def _(x: Tensor, block: int, mean: Tensor | None = None, scale: float = 1.0) -> 
 def aot_cases() -> list[Case]:
     """Every dtype, head dimension and option."""
     cases = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for dim in (16, 64, 80, 96, 128, 192, 256):
-            # as transformers has it: [B, N, H, D] transposed
-            x = torch.empty(2, 4096, 8, dim, dtype=dtype, device="meta").transpose(1, 2)
-            for block in (64, 128):
-                for mean in (None, torch.empty(2, 8, 1, dim, device="meta")):
-                    cases.append(
-                        Case(
-                            f"{str(dtype).removeprefix('torch.')} D={dim} block={block}"
-                            + ("" if mean is None else " mean"),
-                            partial(_quantise_impl, x, block, mean, 1.0),
-                            dtype == torch.bfloat16 and dim in (64, 128) and block == 64,
-                        )
-                    )
+    for name, dtype, dim, options in sizes():
+        # as transformers has it: [B, N, H, D] transposed
+        x = torch.empty(2, 4096, 8, dim, dtype=dtype, device="meta").transpose(1, 2)
+        mean = torch.empty(2, 8, 1, dim, device="meta")
+        for block, less in ((64, mean), (64, None), (128, mean))[: 3 if options else 1]:
+            label = f"{name} D={dim} block={block}" + ("" if less is None else " mean")
+            cases.append(Case(label, partial(_quantise_impl, x, block, less, 1.0), options and block == 64))
     return cases

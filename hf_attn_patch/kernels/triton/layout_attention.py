@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..layout import BlockLayout
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config, config, rows
 from .launch import launch, split_dim
 from .layout_backward import _layout_delta, _layout_dkv, _layout_dq
@@ -379,13 +379,6 @@ def _case(label: str, dtype: torch.dtype, D: int, E: int, default: bool = False,
 
 def aot_cases() -> list[Case]:
     """Every head dimension and dtype, and every feature at two head dimensions."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    cases = []
-    for name, dtype in (("bf16", bf16), ("fp16", fp16), ("fp32", fp32)):
-        for D in (16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256):
-            if dtype != fp16 or D in (64, 128):
-                cases += _case(f"{name} {D}", dtype, D, D, default=dtype == bf16 and D in (64, 128))
-        cases += _case(f"{name} 192x128", dtype, 192, 128)
     features = {
         "padded": dict(left=True, right=True), "edits": dict(edits=True), "softcap": dict(softcap=True),
         "bias": dict(bias=True), "query scale": dict(query_scale=True), "order": dict(order=True),
@@ -393,7 +386,9 @@ def aot_cases() -> list[Case]:
         "int8": dict(int8=True),
         "everything": dict(left=True, right=True, edits=True, softcap=True, bias=True, query_scale=True),
     }  # fmt: skip
-    for feature, given in features.items():
-        for D in (64, 128):
-            cases += _case(f"bf16 {D} {feature}", bf16, D, D, **given)
+    cases = _case("bf16 192x128", torch.bfloat16, 192, 128)
+    for name, dtype, D, options in sizes():
+        cases += _case(f"{name} {D}", dtype, D, D, default=options)
+        for feature, given in features.items() if options else ():
+            cases += _case(f"{name} {D} {feature}", dtype, D, D, **given)
     return cases

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config
 from .launch import launch, power_of_two
 from .linear_backward import backward
@@ -249,20 +249,17 @@ def aot_cases() -> list[Case]:
             meta(dtype, 2, 8, 1, F), meta(dtype, 2, 2, 1, F), meta(dtype, 2, 2, 1, DV), *state, True, 1e-12
         )
 
-    sizes = [(d, d) for d in (16, 64, 80, 96, 128, 192, 256)] + [(128, 64), (256, 128)]
     cases = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for F, DV in sizes:
-            name = f"{str(dtype).removeprefix('torch.')} F{F} Dv{DV}"
-            for causal in (True, False):
-                for masked in (True, False):
-                    label = f"linear {'causal' if causal else 'full'} {name}{' mask state' if masked else ''}"
-                    run = functools.partial(call, dtype, F, DV, causal, masked, True)
-                    default = dtype == torch.bfloat16 and DV in (64, 128) and F == 128 and masked == causal
-                    cases.append(Case(label, run, default))
-            cases.append(
-                Case(f"linear sum {name}", functools.partial(call, dtype, F, DV, True, False, False))
-            )
-            default = dtype == torch.bfloat16 and (F, DV) == (256, 128)
-            cases.append(Case(f"linear step {name}", functools.partial(step, dtype, F, DV), default))
+    for kind, dtype, dim, options in sizes():
+        for F, DV in ((dim, dim), (2 * dim, dim)) if options else ((dim, dim),):
+            name = f"{kind} F{F} Dv{DV}"
+            both = [(True, True), (True, False), (False, True), (False, False)]
+            for causal, masked in both if options and F == DV else [(True, True)]:
+                label = f"linear {'causal' if causal else 'full'} {name}{' mask state' if masked else ''}"
+                run = lambda a=(dtype, F, DV, causal, masked, True): call(*a)
+                cases.append(Case(label, run, options and (F, DV, masked) == (128, 64 if causal else 128, causal)))
+            if options and F == DV:
+                cases.append(Case(f"linear sum {name}", lambda a=(dtype, F, DV, True, False, False): call(*a)))
+            default = options and (F, DV) == (256, 128)
+            cases.append(Case(f"linear step {name}", lambda a=(dtype, F, DV): step(*a), default))
     return cases

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config, config, rows
 from .launch import launch, power_of_two
 
@@ -133,18 +133,12 @@ def aot_cases() -> list[Case]:
     """Every dtype, head dimension and option."""
     starts = torch.empty(2, dtype=torch.int32, device="meta")
     cases = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for dim in (16, 64, 80, 96, 128, 192, 256):
-            # as transformers has it: [B, N, H, D] transposed
-            x = torch.empty(2, 4096, 8, dim, dtype=dtype, device="meta").transpose(1, 2)
-            for name, outputs in (("means", 1), ("extremes", 2)):
-                for padded in (None, starts):
-                    cases.append(
-                        Case(
-                            f"{name} {str(dtype).removeprefix('torch.')} D={dim}"
-                            + ("" if padded is None else " starts"),
-                            partial(_pool_impl, x, 64, padded, outputs),
-                            dtype == torch.bfloat16 and dim in (64, 128) and padded is not None,
-                        )
-                    )
+    for kind, dtype, dim, options in sizes():
+        # as transformers has it: [B, N, H, D] transposed
+        x = torch.empty(2, 4096, 8, dim, dtype=dtype, device="meta").transpose(1, 2)
+        for name, outputs in (("means", 1), ("extremes", 2)):
+            for padded in (starts, None) if options else (starts,):
+                label = f"{name} {kind} D={dim}" + ("" if padded is None else " starts")
+                run = partial(_pool_impl, x, 64, padded, outputs)
+                cases.append(Case(label, run, options and padded is not None))
     return cases

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config
 from .launch import launch, split_dim
 from .scores import LOG2E, load_rows
@@ -683,7 +683,7 @@ def ragged_query_attention(
 def aot_cases() -> list[Case]:
     """Everything a user can ask for, by dtype, head dimension and combination of options."""
 
-    def case(dtype: torch.dtype, dim: int, kind: str, backward: bool, default: bool) -> Case:
+    def case(name: str, dtype: torch.dtype, dim: int, kind: str, backward: bool, default: bool) -> Case:
         meta = functools.partial(torch.empty, device="meta")
         B, H, n, L, S, N = 2, 8, 2, 1024, 1024, 4096
         ints = lambda *shape: meta(shape, dtype=torch.int32)
@@ -708,15 +708,13 @@ def aot_cases() -> list[Case]:
             else:
                 _forward_impl(q, k, v, ints(N), ints(B * H + 1), 400, **given)
 
-        name = str(dtype).removeprefix("torch.")
         way = "backward" if backward else "forward"
         return Case(f"ragged_queries {way} {kind} {name} D{dim}", run, default)
 
     usual = {(64, "padded", True), (128, "padded", False), (128, "padded", True), (128, "gate", False)}
     return [
-        case(dtype, dim, kind, backward, dtype == torch.bfloat16 and (dim, kind, backward) in usual)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for dim in (16, 64, 80, 96, 128, 192, 256)
-        for kind in ("plain", "padded", "bidirectional", "window", "gate")
+        case(name, dtype, dim, kind, backward, options and (dim, kind, backward) in usual)
+        for name, dtype, dim, options in sizes()
+        for kind in (("plain", "padded", "bidirectional", "window", "gate") if options else ("plain",))
         for backward in (False, True)
     ]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .aot import Case
+from .aot import Case, sizes
 from .configs import Config
 from .launch import launch
 from .linear_chunks import load_tile, precision, rows_contiguous, states, tile, wide
@@ -261,21 +261,11 @@ def aot_cases() -> list[Case]:
         run(out, *tensors, out, *rest, *geometry)
 
     cases = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for D, F, DV in (
-            (16, 16, 16),
-            (64, 128, 64),
-            (80, 160, 80),
-            (96, 128, 96),
-            (128, 128, 128),
-            (256, 256, 256),
-        ):
-            for sliding in (True, False):
-                for masked in (True, False):
-                    mode = "sliding" if sliding else "terrace"
-                    name = f"{str(dtype).removeprefix('torch.')} D{D} F{F} Dv{DV}"
-                    label = f"window {mode} {name}{' mask' if masked else ''}"
-                    run = lambda a=(dtype, D, F, DV, sliding, masked, sliding): call(*a)
-                    default = dtype == torch.bfloat16 and D in (64, 128) and sliding == (D == 128) and masked
-                    cases.append(Case(label, run, default))
+    for kind, dtype, D, options in sizes():
+        F = min(256, max(16, 2 * D if D < 128 else D))
+        for sliding, masked in ((True, True), (False, True), (True, False)) if options else ((True, True),):
+            mode = "sliding" if sliding else "terrace"
+            label = f"window {mode} {kind} D{D} F{F} Dv{D}{' mask' if masked else ''}"
+            run = lambda a=(dtype, D, F, D, sliding, masked, sliding): call(*a)
+            cases.append(Case(label, run, options and masked and sliding == (D == 128)))
     return cases
