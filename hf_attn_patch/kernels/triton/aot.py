@@ -1,6 +1,6 @@
 """Compile recorded launches for GPUs that are not here, and read registers, spills and shared memory from the result.
 
-A design tool first (`python -m hf_attn_patch.kernels.triton.aot --module layout_forward --target sm90`), a test second:
+A design tool first (`python -m hf_attn_patch.kernels.triton.aot --module layout_attention --target sm90`), a test second:
 every kernel, in every configuration that its launcher can choose, compiles for every target, fits its shared memory and
 does not spill.
 """
@@ -55,11 +55,9 @@ class Case:
 
 
 def sizes() -> Iterator[tuple[str, torch.dtype, int, bool]]:
-    """(name of a dtype, dtype, head dimension, whether options are compiled too) for the cases of a kernel file.
+    """(name of a dtype, dtype, head dimension, whether to compile options too) for the cases of a kernel file.
 
-    bf16 and fp32 have every head dimension that is a size class of its own, fp16 (the machine code of bf16, by another
-    instruction) 64 and 128; options get bf16 at 64 and 128.
-    """
+    fp16, which compiles like bf16, has 64 and 128 only, options bf16 at 64 and 128."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         for dim in (16, 40, 64, 80, 96, 128, 192, 256):
             usual = dim in (64, 128)
@@ -261,11 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target", action="append", choices=list(TARGETS), help="architecture (repeatable; all)"
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--default", action="store_true", help="only the cases of the quick suite")
-    which.add_argument(
-        "--all", action="store_true", help="every case (this is what happens without --default)"
-    )
+    parser.add_argument("--default", action="store_true", help="only the cases of the quick suite")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)

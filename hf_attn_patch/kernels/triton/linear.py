@@ -5,7 +5,6 @@ Formulas, shapes and meaning of the arguments: `kernels.linear`, which checks th
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
