@@ -55,9 +55,9 @@ NVIDIA code is made by the `ptxas` that Triton brings ({ptxas}), AMD code by its
 
 ## One loop per kind of entry
 
-A layout has full entries and tile entries (with a bit mask). The obvious kernel has one loop with a branch per entry; the
+A layout has full entries and tile entries (with a bit mask). The obvious kernel is one loop with a branch; the
 design sketch of layout attention, built that way, put 424 bytes on the stack (blocks of 64 x 64, D = 128, sm90). The
-kernel walks full entries first and tile entries after, in two loops. The branch put back into today's
+kernel walks the full entries first and the tile entries after, in two loops. The branch put back into today's
 `_layout_forward` (bf16, D = 128, sm90, Triton 3.9.0, tried by hand):
 
 | blocks, warps, stages | branch: registers / spills / KiB | two loops |
@@ -66,7 +66,7 @@ kernel walks full entries first and tile entries after, in two loops. The branch
 | 128 x 64, 4, 3 | 255 / 296 / 48.0 | 255 / 176 / 97.0 |
 | 128 x 64, 8, 3 | 173 / 0 / 48.0 | 172 / 0 / 97.0 |
 
-The branch costs registers where there are few. It also stops the compiler from loading ahead: the shared memory holds one
+The branch costs registers where there are few, and it stops the compiler from loading ahead: shared memory holds one
 block of keys and values instead of one per stage.
 """
 
@@ -154,7 +154,9 @@ def known_spills(rows: Sequence[aot.Row]) -> list[str]:
             cases = groups.setdefault(why, {}).setdefault((row.kernel, row.target), {})
             cases[row.case] = max(row.spills, cases.get(row.case, 0))
     lines = []
-    for why in [reason for _, reason in REASONS if reason in groups] + [UNEXPLAINED] * (UNEXPLAINED in groups):
+    for why in dict.fromkeys([*(reason for _, reason in REASONS), UNEXPLAINED]):
+        if why not in groups:
+            continue
         lines += [why, ""]
         for (kernel, target), cases in groups[why].items():
             sizes = ", ".join(f"{case} ({size})" for case, size in cases.items())

@@ -28,10 +28,16 @@ def built(family, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        model = tiny_model(family).to(dtype).requires_grad_(False).to(DEVICE)
+        model = tiny_model(family).to(dtype).requires_grad_(False)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped matmul of experts has no float64
     return model
+
+
+def placed(model, inputs):
+    """Model and inputs where kernels run; inputs are made beside the model, which is on a CPU until then."""
+    inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    return model.to(DEVICE), inputs
 
 
 def cases():
@@ -64,8 +70,7 @@ def test_forward_of_a_padded_batch(family, name, options):
         model = built(family, dtype)
         pad = 3 if family != "dinov2" else 0
         inputs = tiny_inputs(model, batch=2, length=37, left_pad=[0, pad], seed=0)
-        inputs = as_double(inputs) if dtype == torch.float64 else inputs
-        inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        model, inputs = placed(model, as_double(inputs) if dtype == torch.float64 else inputs)
         with hap.patched(model, name, impl=impl, **options) as handle, torch.no_grad():
             out = model(**inputs)[0]
             executors.append(str(handle.report()))
@@ -84,8 +89,7 @@ def test_generation_reads_the_cache_as_the_reference_does(name, options):
     answers = []
     for impl in ("reference", "triton"):
         model = built(family, torch.float32)
-        inputs = tiny_inputs(model, batch=2, length=37, left_pad=[0, 3], seed=0)
-        inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        model, inputs = placed(model, tiny_inputs(model, batch=2, length=37, left_pad=[0, 3], seed=0))
         chosen = options or registry.get(name).examples(model)[0]
         with hap.patched(model, name, impl=impl, **chosen) as handle:
             answers.append(model.generate(**inputs, max_new_tokens=6, do_sample=False, output_logits=True,

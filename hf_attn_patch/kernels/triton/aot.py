@@ -1,8 +1,8 @@
 """Compile recorded launches for GPUs that are not here, and read registers, spills and shared memory from the result.
 
-A design tool first (`python -m hf_attn_patch.kernels.triton.aot --module layout_attention --target sm90`), a test second:
-every kernel, in every configuration that its launcher can choose, compiles for every target, fits its shared memory and
-does not spill.
+A design tool first (`python -m hf_attn_patch.kernels.triton.aot --module classes --target sm90`), a test second: every
+kernel, in every configuration that its launcher can choose, compiles for every target, fits its shared memory and does
+not spill.
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ from .scores import LN2, LOG2E, edited_scores, load_rows, token_index, visible_b
 MAX_CLASSES = 4
 
 # an output per class is kept in registers: 4 x [64, 128] fp32 is all that eight warps can hold, without much else
-rows("classes", other=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(64, 32, 8, 2)), (256, 4, Config(32, 32, 8, 1))],
-     sm100=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(32, 32, 8, 2)), (256, 4, Config(32, 32, 8, 1))],
-     # four warps have 512 registers per thread
-     gfx942=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(64, 32, 8, 1)), (256, 4, Config(32, 32, 4, 1))])  # fmt: skip
+_WIDE = (256, 4, Config(32, 32, 8, 1))
+rows("classes", other=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(64, 32, 8, 2)), _WIDE],
+     sm100=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(32, 32, 8, 2)), _WIDE],
+     gfx942=[(64, 2, Config(64, 64, 8, 2)), (128, 2, Config(64, 32, 8, 1)),
+             (256, 4, Config(32, 32, 4, 1))])  # fmt: skip  # four warps have 512 registers per thread
 
 
 @triton.jit
@@ -571,5 +572,13 @@ def aot_cases() -> list[Case]:
             add(f"{name} {D} 4 classes statistics", dtype, D, 4, "statistics", D == 128)
             add(f"{name} {D} 2 classes outputs", dtype, D, 2, "outputs")
             add(f"{name} {D} 4 classes transfer padded", dtype, D, 4, "transfer", padded=True)
-            add(f"{name} {D} 4 classes transfer edits softcap", dtype, D, 4, "transfer", edits=True, softcap=True)
+            add(
+                f"{name} {D} 4 classes transfer edits softcap",
+                dtype,
+                D,
+                4,
+                "transfer",
+                edits=True,
+                softcap=True,
+            )
     return cases

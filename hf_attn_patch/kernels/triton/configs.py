@@ -7,6 +7,7 @@ file of measured rows, written by `tune`, takes precedence.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -74,30 +75,33 @@ def forced(kernel: str, chosen: Config) -> Iterator[None]:
 
 # -- measured rows ------------------------------------------------------------------------------------------------
 
-_loaded: dict[Path, dict[str, Config]] = {}
-
-
 def tuned_path() -> Path:
     """Where measured configurations of this GPU live (HF_ATTN_PATCH_CACHE, default ~/.cache/hf_attn_patch)."""
-    root = Path(os.environ.get("HF_ATTN_PATCH_CACHE", Path.home() / ".cache" / "hf_attn_patch"))
+    return _path(os.environ.get("HF_ATTN_PATCH_CACHE"))
+
+
+@functools.cache
+def _path(root: str | None) -> Path:
+    folder = Path(root) if root else Path.home() / ".cache" / "hf_attn_patch"
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no gpu"
-    return root / "kernels" / f"{name.replace(' ', '-').replace('/', '-')}.json"
+    return folder / "kernels" / f"{name.replace(' ', '-').replace('/', '-')}.json"
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, Config]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return {key: Config(**row) for key, row in found.items()}
 
 
 def _tuned() -> dict[str, Config]:
-    path = tuned_path()
-    if path not in _loaded:
-        rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        _loaded[path] = {key: Config(**row) for key, row in rows.items()}
-    return _loaded[path]
+    return _read(tuned_path())
 
 
 def remember(kernel: str, device: torch.device, dim: int, dtype: torch.dtype, chosen: Config) -> Path:
     """Write a measured configuration to the cache file; later calls (and processes) use it."""
     path = tuned_path()
-    rows = dict(_tuned())
-    rows[f"{kernel}/{target_of(device).name}/{dim}/{dtype.itemsize}"] = chosen
+    found = {**_tuned(), f"{kernel}/{target_of(device).name}/{dim}/{dtype.itemsize}": chosen}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({key: asdict(row) for key, row in sorted(rows.items())}, indent=1))
-    _loaded[path] = rows
+    path.write_text(json.dumps({key: asdict(row) for key, row in sorted(found.items())}, indent=1))
+    _read.cache_clear()
     return path

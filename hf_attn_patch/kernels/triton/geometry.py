@@ -62,7 +62,14 @@ def why_not(program: Program) -> str | None:
     """Reason mask and rules of `program` cannot become a layout, or None."""
     mask, rule = program.mask, program.rule
     if not mask.arithmetic:
-        return "the model brought a mask of its own (a tensor or a custom rule), which is no arithmetic of positions"
+        hint = ""
+        if torch.compiler.is_compiling():
+            hint = " (while torch.compile traces, transformers adds a rule for packed sequences to every call that has "
+            hint += "neither attention_mask nor cache: pass attention_mask)"
+        return (
+            "the model brought a mask of its own (a tensor or a custom rule), which is no arithmetic of positions"
+            + hint
+        )
     if torch.compiler.is_compiling() and mask.padding is not None:
         simple = mask.causal and mask.q_offset == mask.kv_offset == 0 and mask.q_len == mask.kv_len
         return (
