@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_attn_patch.kernels import UnsupportedProgram, attention, why_not
+from hf_attn_patch.kernels.triton.configs import Config, forced
 from hf_attn_patch.rules import SinkWindow
 from tests.kernels import budget
 from tests.kernels.budget import assert_within_budget
@@ -246,3 +247,25 @@ def test_closed_heads_are_not_computed(where, share):
     open_ = torch.rand(gate.shape, generator=torch.Generator().manual_seed(5)) < share
     program.gate((gate * open_).double(), sparse=True)
     holds(program, gradients=where in ("causal", "chunk with cache, padded"))
+
+
+@pytest.mark.parametrize(
+    "block_q, block_k, step", [(128, 64, 64), (128, 64, 32), (64, 64, 32), (32, 128, 32), (64, 32, 32)]
+)
+@pytest.mark.parametrize("case", ["rule per head, padded", "edits", "grid", "mass"])
+def test_block_sizes_and_steps_of_a_gpu(block_q, block_k, step, case):
+    """The interpreter's own configuration is 32 x 32: tiles of several words and several steps per entry need these."""
+    if case == "grid":
+        program = make(B=1, L=196, causal=False)
+        program.restrict(RULES["neighborhood 2d"][0])
+    else:
+        program = make(
+            B=2 if "padded" in case else 1, L=150, pads=[(0, 0), (37, 0)] if "padded" in case else None
+        )
+        program.restrict(SinkWindow((4, 1), (70, 110)))
+    if case in ("edits", "mass"):
+        program.classify(classes(program))
+        program = EDITS["two score edits" if case == "edits" else "mass"](program)
+    with forced("layout", Config(block_q, block_k)), forced("classes", Config(block_q, block_k)):
+        with forced("layout_dq", Config(0, step)), forced("layout_dkv", Config(step, 0)):
+            holds(program, gradients=case != "mass")
