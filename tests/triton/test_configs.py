@@ -32,7 +32,10 @@ def test_every_kernel_has_a_row_for_every_head_dimension(target, cache):
 
 
 def test_a_dimension_without_a_row_is_an_error_that_names_it():
-    with launch.recording("sm90"), pytest.raises(ValueError, match="layout: no configuration for head dimension 512"):
+    with (
+        launch.recording("sm90"),
+        pytest.raises(ValueError, match="layout: no configuration for head dimension 512"),
+    ):
         config("layout", META, 512, BF16)
 
 

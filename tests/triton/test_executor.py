@@ -269,3 +269,34 @@ def test_block_sizes_and_steps_of_a_gpu(block_q, block_k, step, case):
     with forced("layout", Config(block_q, block_k)), forced("classes", Config(block_q, block_k)):
         with forced("layout_dq", Config(0, step)), forced("layout_dkv", Config(step, 0)):
             holds(program, gradients=case != "mass")
+
+
+@pytest.mark.parametrize("gate", ["of heads", "of tokens"])
+def test_blocks_behind_a_closed_gate_are_not_computed(gate):
+    """What is not computed cannot turn into NaN: the keys of the closed head are."""
+    program = cast(make(B=1, H=2, Hkv=2, L=96), torch.float32)
+    expected = attention(program, "reference").output.clone()
+    program.key[:, 1] = float("nan")
+    closed = torch.ones(1, 96, 2)
+    closed[:, :, 1] = 0
+    program.head_gate = closed if gate == "of tokens" else closed[0, 0]
+    out = attention(program, "triton").output
+    assert not out[:, 1].any()
+    torch.testing.assert_close(out[:, 0], expected[:, 0])
+
+
+@pytest.mark.parametrize("where", ["causal", "chunk with cache", "right padding, bidirectional"])
+def test_a_blend_with_the_own_value_in_the_epilogue(where):
+    program = EDITS["head gate"](EDITS["blend value"](MASKS[where]()))
+    holds(program)
+
+
+def test_int8_scores_are_off_unless_allowed():
+    program = cast(make(L=150, D=32), torch.float32)
+    exact, plain = attention(program, "reference").output, attention(program, "triton").output
+    program.allow_int8 = True
+    quantised = attention(program, "triton").output
+    error = (quantised - exact).abs().max()
+    assert (plain - exact).abs().max() < 1e-5 < error < 0.05
+    program.softcap = 5.0  # not plain: the permission is not used
+    assert (attention(program, "triton").output - attention(program, "reference").output).abs().max() < 1e-5

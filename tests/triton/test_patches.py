@@ -104,7 +104,7 @@ def test_generation_reads_the_cache_as_the_reference_does(name, options):
 def test_a_model_with_a_mask_of_its_own_takes_the_torch_executor_and_says_so():
     """gemma3 lets the tokens of an image see each other: no arithmetic of positions."""
     model = built("gemma3", torch.float32)
-    inputs = tiny_inputs(model, batch=1, length=37, seed=0)
+    model, inputs = placed(model, tiny_inputs(model, batch=1, length=37, seed=0))
     with pytest.raises(UnsupportedProgram, match="mask of its own") as refusal:
         with hap.patched(model, "streaming", sinks=2, window=9, impl="triton"), torch.no_grad():
             model(**inputs)

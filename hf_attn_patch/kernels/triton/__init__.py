@@ -72,14 +72,24 @@ def run(program: Program) -> tuple[Tensor, None]:
     value = program.value
     assert isinstance(value, Tensor)
     # the epilogue is fused where nothing has to be differentiated through it
-    fused = program.head_gate is not None and not program.blends and not _needs_grad(program)
     layout, padding = _layout(program, "layout")
+    plain = not _needs_grad(program)
+    blend = _own_value_blend(program) if plain and padding.query_first is None else None
+    fused = blend is not None or (plain and program.head_gate is not None and not program.blends)
     query, key, quantised = _quantised(program) if _in_int8(program) else (program.query, program.key, None)
     out, _ = attend_layout(
         query, key, value, layout, padding=padding, key_class=_key_class(program), quantised=quantised,  # type: ignore[arg-type]
-        head_gate=program.head_gate if fused else None, **_scores(program),
+        head_gate=program.head_gate if fused else None, blend=blend,
+        own_shift=program.mask.q_offset - program.mask.kv_offset, **_scores(program),
     )  # fmt: skip
     return (out, None) if fused else _finish(program, out)
+
+
+def _own_value_blend(program: Program) -> Tensor | None:
+    """Amounts float32 [B|1, H|1, L|1] of the only blend, if it mixes in the query's own value; else None."""
+    if len(program.blends) != 1 or program.blends[0].target != "value":
+        return None
+    return _amount(program, program.blends[0].amount, program.blends[0].heads, None, 0.0)
 
 
 def _in_int8(program: Program) -> bool:
@@ -213,20 +223,24 @@ def _key_class(program: Program) -> Tensor | None:
     return classes.to(torch.int8).expand(program.batch, -1).contiguous()
 
 
+def _amount(
+    program: Program, amount: float | Tensor, heads: Heads, rows: Tensor | None, neutral: float
+) -> Tensor:
+    """An amount as float32 [B|1, H|1, L|1], `neutral` where it does not apply."""
+    found = torch.as_tensor(amount, dtype=torch.float32, device=program.query.device)
+    found = found.reshape((1,) * (4 - found.ndim) + tuple(found.shape))[..., 0]
+    target = _target(program, heads, rows)
+    return found if target is None else torch.where(target, found, neutral)
+
+
 def stacked_amounts(program: Program) -> Tensor | None:
     """Amounts of the score edits, float32 [E, B|1, H|1, L|1]; the neutral amount where an edit does not apply."""
     if not program.score_edits:
         return None
-    device = program.query.device
-    amounts = []
-    for edit in program.score_edits:
-        amount = torch.as_tensor(edit.amount, dtype=torch.float32, device=device)
-        amount = amount.reshape((1,) * (4 - amount.ndim) + tuple(amount.shape))[..., 0]
-        neutral = 1.0 if edit.kind == "multiply" else 0.0
-        target = _target(program, edit.heads, edit.rows)
-        if target is not None:
-            amount = torch.where(target, amount, neutral)
-        amounts.append(amount)
+    amounts = [
+        _amount(program, e.amount, e.heads, e.rows, 1.0 if e.kind == "multiply" else 0.0)
+        for e in program.score_edits
+    ]
     shape = torch.broadcast_shapes(*(a.shape for a in amounts))
     return torch.stack([a.expand(shape) for a in amounts]).contiguous()
 

@@ -35,12 +35,14 @@ _WIDE = (
 rows("layout", sm90=[(64, 2, Config(128, 64, 4, 3)), (128, 2, Config(128, 64, 8, 3)), _WIDE, *_FP32],
      gfx942=[(128, 2, Config(128, 64, 8, 2)), (256, 2, Config(64, 32, 4, 1)), *_FP32],
      other=[(128, 2, Config(128, 64, 8, 3)), _WIDE, *_FP32])  # fmt: skip
-# blocks are the forward's; block_k of dQ and block_q of dK/dV are the tokens per step inside one entry
+# blocks are the forward's; block_k of dQ and block_q of dK/dV are the tokens per step inside one entry; 64 leave
+# no registers for a bias, a query scale or a token order at D = 128 (dQ on sm80, dK/dV everywhere)
 rows("layout_dq", gfx942=[(128, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 8, 1))],
+     sm80=[(256, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 8, 1))],
      other=[(128, 2, Config(0, 64, 8, 2)), (256, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 8, 1))])  # fmt: skip
 rows("layout_dkv", gfx942=[(256, 2, Config(32, 0, 4, 2)), (256, 4, Config(32, 0, 8, 1))],
      sm80=[(256, 2, Config(32, 0, 8, 2)), (256, 4, Config(32, 0, 8, 1))],
-     other=[(128, 2, Config(64, 0, 8, 2)), (256, 2, Config(32, 0, 8, 2)), (256, 4, Config(32, 0, 8, 1))])  # fmt: skip
+     other=[(64, 2, Config(64, 0, 8, 2)), (256, 2, Config(32, 0, 8, 2)), (256, 4, Config(32, 0, 8, 1))])  # fmt: skip
 
 
 @dataclass
