@@ -170,11 +170,13 @@ class PatchStack(nn.Module):
 
 
 def summary(program: Program, result: Result) -> dict[str, Any]:
-    """What `handle.report()` shows about the last call of a site (plain data, no tensors kept)."""
+    """What `handle.report()` shows about the last call of a site (plain data, no tensors kept but one number)."""
+    dynamic = any(rule.dynamic for rule in program.rules)
     return {
         "executor": result.executor,
         "reason": result.reason,
-        "rules": list(program.rules),
+        "rules": [] if dynamic else list(program.rules),
+        "share": program.share,
         "q_len": program.q_len,
         "kv_len": program.mask.kv_len,
         "q_offset": program.mask.q_offset,

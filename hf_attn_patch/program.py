@@ -123,6 +123,7 @@ class Program:
         gate_is_sparse: many gates are exactly 0, so an executor may skip those (head, token) pairs (a hint).
         allow_int8: scores may be computed from INT8 queries and keys where an executor can (a permission; error
             bound: `kernels/triton/int8.py`); off by default.
+        share: of the blocks that could be read, how many a dynamic rule chose (0-d tensor, for reports).
         operator: what replaces softmax attention; only "softmax" so far.
     """
 
@@ -143,6 +144,7 @@ class Program:
     head_gate: Tensor | None = None
     gate_is_sparse: bool = False
     allow_int8: bool = False
+    share: Tensor | None = None
     operator: str = "softmax"
     dropout: float = 0.0
     need_weights: bool = False

@@ -285,7 +285,8 @@ def register_patch(name: str) -> Callable[[P], P]:
     def decorate(cls: P) -> P:
         cls.name = name
         doc = (inspect.getdoc(cls) or "").strip().splitlines()
-        cls.summary = cls.summary or (doc[0].rstrip(".") if doc else "")
+        own = cls.__dict__.get("summary")  # a preset inherits its method's fields, not its first sentence
+        cls.summary = own or (doc[0].rstrip(".") if doc else "")
         origin = (
             f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
             if _has_source(cls)

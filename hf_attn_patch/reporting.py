@@ -71,6 +71,8 @@ class PatchReport:
             ran = f"{executor} ({reason})" if executor else "not run yet"
             size = f", L={q_len} S={kv_len}" if q_len is not None else ""
             read = "" if density is None else f", reads {density:.1%}"
+            blocks = {s.block_density for s in members if s.density is None and s.block_density is not None}
+            read += f", reads {sum(blocks) / len(blocks):.1%} of blocks" if blocks else ""
             lines.append(f"  {part} {layers}: {ran}{size}{read}")
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
@@ -112,7 +114,9 @@ def build_report(handle: PatchHandle, note: str) -> PatchReport:
             assert isinstance(patch, SitePatch)
             last = patch.last or last
         density: tuple[float | None, float | None] = (None, None)
-        if last and last["rules"] and last["q_len"] > 1:
+        if last and last.get("share") is not None:
+            density = (None, float(last["share"]))
+        elif last and last["rules"] and last["q_len"] > 1:
             key = (tuple(last["rules"]), last["q_len"], last["kv_len"], last["q_offset"], last["causal"])
             if key not in known:
                 known[key] = densities(last)

@@ -27,6 +27,7 @@ class Rule:
     """
 
     heads: int = 1
+    dynamic: bool = False  # chosen for one call (holds tensors): no layout of it is kept
 
     def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """bool, broadcast over layout head, query position and key position (int64 tensors)."""
@@ -165,6 +166,63 @@ class BlockSinkWindow(Rule):
         return torch.stack(
             [torch.full_like(q_lo, local), distance, q_lo % self.block, (sink - k_lo).clamp(0, block)], -1
         )
+
+
+@dataclass(frozen=True)
+class StridedShards(Rule):
+    """Block-granular local window + vertical stripes, other stripes for every head: with m, n the blocks of query
+    and key, ``|m - n| < local_blocks or n mod stride in residues[head]``.
+
+    Source: S2-Attention (arXiv 2407.17678). A key block that left the local window is read by all later queries of
+    a head or by none. `residues`: per layout head, numbers in 0 .. stride - 1. `block`: tokens.
+    """
+
+    residues: tuple[tuple[int, ...], ...]
+    stride: int
+    local_blocks: int
+    block: int = 64
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return len(self.residues)
+
+    def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        stripes = torch.zeros(self.heads, self.stride, dtype=torch.bool, device=q.device)
+        for h, own in enumerate(self.residues):
+            stripes[h, list(own)] = True
+        m = torch.div(q, self.block, rounding_mode="floor")
+        n = torch.div(k, self.block, rounding_mode="floor")
+        return ((m - n).abs() < self.local_blocks) | stripes[head, n % self.stride]
+
+    def key_ranges(self, head: int, q_lo: Tensor, q_hi: Tensor, kv_len: int) -> tuple[Ranges, Ranges]:
+        b, local, own = self.block, self.local_blocks, set(self.residues[head])
+        zero = torch.zeros_like(q_lo)
+        first, last = q_lo // b, (q_hi - 1) // b
+        if len(own) == self.stride:
+            everything = [(zero, zero + kv_len)]
+            return everything, everything
+        near = ((first - local + 1) * b, (last + local) * b)
+        surely = ((last - local + 1) * b, (first + local) * b)
+        blocks = -(-kv_len // b)
+        if self.stride * b <= 32 or blocks > 1 << 16:  # stripes that no layout block can fall between
+            return [(zero, zero + kv_len)], [surely]
+        stripes: Ranges = []
+        begin = None
+        for n in range(blocks + 1):  # runs of neighbouring blocks are one range
+            if n < blocks and n % self.stride in own:
+                begin = n if begin is None else begin
+            elif begin is not None:
+                stripes.append((zero + begin * b, zero + n * b))
+                begin = None
+        return [*stripes, near], [surely]
+
+    def tile_kind(self, head: int, q_lo: Tensor, k_lo: Tensor, block: int) -> Tensor | None:
+        period = self.stride * self.block
+        reach = self.local_blocks * self.block + self.block + block
+        distance = (q_lo - k_lo).clamp(-reach, reach) + reach
+        inside = torch.where(distance == 2 * reach, 0, q_lo % self.block)  # far behind, only stripes are left
+        number = (distance * self.block + inside) * period + k_lo % period
+        return (number * self.heads + self.residues.index(self.residues[head]))[:, None]
 
 
 @dataclass(frozen=True)
@@ -357,6 +415,38 @@ def _box_order(
     return tuple(order[(order >= 0).any(1)].flatten().tolist())
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ChosenBlocks(Rule):
+    """Key blocks that a method chose for this very call: row r of head h of batch item b reads block n iff
+    ``chosen[b, h, r, n]``. Row r stands for `block_q` queries, block n for `block_k` keys, both by position.
+
+    chosen: bool [B|1, layout heads, rows, blocks], never true for a block that lies in the future. origin: int64
+    [B|1], position of the first query of row 0; negative where that is left padding, and then `block_q` is 1 (blocks
+    of several queries begin at the first real one).
+    """
+
+    chosen: Tensor
+    block_q: int
+    block_k: int
+    origin: Tensor
+    dynamic = True
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.chosen.shape[1]
+
+    def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        batch = torch.arange(self.chosen.shape[0], device=q.device).reshape(-1, 1, 1, 1)
+        row = (q - self.origin.reshape(-1, 1, 1, 1)).div(self.block_q, rounding_mode="floor")
+        block = k.div(self.block_k, rounding_mode="floor")
+        rows, blocks = self.chosen.shape[2:]
+        found = self.chosen[batch, head, row.clamp(0, rows - 1), block.clamp(0, blocks - 1)]
+        return found & (k >= 0) & (block < blocks)
+
+    def __repr__(self) -> str:
+        return f"ChosenBlocks({list(self.chosen.shape)}, block_q={self.block_q}, block_k={self.block_k})"
+
+
 @dataclass(frozen=True)
 class OnHeads(Rule):
     """`rule` on the listed query heads, everything on the others."""
@@ -364,6 +454,10 @@ class OnHeads(Rule):
     rule: Rule
     on: tuple[int, ...]
     heads: int = 1  # number of query heads of the site
+
+    @property
+    def dynamic(self) -> bool:  # type: ignore[override]
+        return self.rule.dynamic
 
     def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         on = torch.zeros(self.heads, dtype=torch.bool, device=q.device)
@@ -406,6 +500,10 @@ class AllOf(Rule):
     @property
     def heads(self) -> int:  # type: ignore[override]
         return max(rule.heads for rule in self.rules)
+
+    @property
+    def dynamic(self) -> bool:  # type: ignore[override]
+        return any(rule.dynamic for rule in self.rules)
 
     def _inner(self, rule: Rule, head: Any) -> Any:
         return head * rule.heads // self.heads

@@ -113,7 +113,7 @@ def test_public_names_resolve_and_others_do_not():
 
 
 def test_unknown_name_suggests_a_close_one():
-    with refused(UnknownPatchError, "'steaming'", "'streaming'", "Available: head_gate, moa"):
+    with refused(UnknownPatchError, "'steaming'", "'streaming'", "Available: ", "head_gate", "moa"):
         registry.get("steaming")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..program import Program
 from ..rules import Rule
 from .buckets import attend_plan
+from .chosen import run_chosen
 from .layout import BlockLayout, layout_for
 from .plan import cost, plan_of
 from .row_blocks import run_rows, sdpa
@@ -25,6 +26,8 @@ FEW_ROWS = 32  # below this many queries a layout is not worth it
 def run_plain(program: Program) -> Tensor:
     """softmax(scale q k^T) v over the keys that mask and rule allow, [B, H, L, Dv]."""
     mask = program.mask
+    if program.rule is not None and program.rule.dynamic:
+        return run_chosen(program)
     if not mask.arithmetic or mask.kv_offset or program.dropout or program.query.device.type != "cpu":
         return run_rows(program)
     spans = mask.real_spans

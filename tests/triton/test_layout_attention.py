@@ -179,3 +179,14 @@ def test_a_backward_that_does_not_exist_says_so():
     out, _ = layout_attention(q, k, v, layout, scale=1.0, head_gate=torch.ones(4, device=DEVICE))
     with pytest.raises(RuntimeError, match="head_gate, blend or quantised scores has no backward"):
         out.sum().backward()
+
+
+def test_a_layout_is_transposed_once_for_all_layers_and_steps(monkeypatch):
+    made = []
+    original = BlockLayout.transpose
+    monkeypatch.setattr(BlockLayout, "transpose", lambda self: made.append(self) or original(self))
+    layout = BlockLayout.from_rule(SinkWindow(3, 20), 65, 65, causal=True, block_q=32, block_k=32, device=DEVICE)
+    for seed in range(3):
+        q, k, v = (x.requires_grad_(True) for x in inputs(L=65, seed=seed))
+        layout_attention(q, k, v, layout, scale=0.25)[0].sum().backward()
+    assert len(made) == 1

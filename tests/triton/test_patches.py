@@ -21,6 +21,7 @@ from tests.kernels.budget import check_budget
 from .conftest import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+NO_KERNEL = {"block_topk", "moba"}  # their examples choose per query; tests/test_block_topk.py has blocks of queries
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "dinov2", "llava")
 
 
@@ -43,7 +44,7 @@ def placed(model, inputs):
 def cases():
     for family in FAMILIES:
         model = built(family, torch.float32)
-        for name in hap.available():
+        for name in sorted(set(hap.available()) - NO_KERNEL):
             for number, options in enumerate(registry.get(name).examples(model)):
                 try:
                     hap.plan(model, name, **options)
@@ -56,7 +57,7 @@ CASES = list(cases())
 
 
 def test_every_patch_has_a_case():
-    assert {case.values[1] for case in CASES} == set(hap.available())
+    assert {case.values[1] for case in CASES} | NO_KERNEL == set(hap.available())
 
 
 @pytest.mark.parametrize("family, name, options", CASES)

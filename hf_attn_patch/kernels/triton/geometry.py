@@ -7,6 +7,7 @@ same position share one layout, others get their own, stacked into one.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ...masks import Mask
 from ...program import Program
-from ...rules import Rule
+from ...rules import ChosenBlocks, Rule
 from ..layout import BlockLayout
 from ..layout import layout_for as cached_layout
 from .layout_attention import Padding
@@ -70,6 +71,13 @@ def why_not(program: Program) -> str | None:
             "the model brought a mask of its own (a tensor or a custom rule), which is no arithmetic of positions"
             + hint
         )
+    if rule is not None and rule.dynamic:
+        if not isinstance(rule, ChosenBlocks):
+            return "blocks chosen for this call, combined with another rule or on some heads only"
+        if rule.block_q % 32 or rule.block_k % 32:
+            return (
+                f"blocks of {rule.block_q} x {rule.block_k} tokens were chosen; kernels need multiples of 32"
+            )
     if torch.compiler.is_compiling() and mask.padding is not None:
         simple = mask.causal and mask.q_offset == mask.kv_offset == 0 and mask.q_len == mask.kv_len
         return (
@@ -111,7 +119,9 @@ def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, 
     shared = _shared(rows)
     device = program.query.device
     window = mask.window
-    if len(set(shared)) == 1:
+    if isinstance(program.rule, ChosenBlocks):
+        layout = _chosen_layout(program.rule, shared, mask, block_q, block_k)
+    elif len(set(shared)) == 1:
         row = shared[0]
         shape = (row.q_len, row.kv_len, row.q_offset, mask.causal, window, block_q, block_k, device)
         layout = layout_for(program.rule, *shape)
@@ -131,6 +141,22 @@ def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, 
         numbers(key_first, any(key_first)),
         numbers(key_length, exposed),
     )
+
+
+def _chosen_layout(
+    rule: ChosenBlocks, rows: list[Row], mask: Mask, block_q: int, block_k: int
+) -> BlockLayout:
+    """Layout of blocks that were chosen for this call, in kernel blocks of which each lies within one chosen block."""
+    block_q, block_k = math.gcd(block_q, rule.block_q), math.gcd(block_k, rule.block_k)
+    layouts = []
+    for item, row in enumerate(rows):
+        chosen = rule.chosen[min(item, rule.chosen.shape[0] - 1)]
+        m = torch.arange(-(-row.q_len // block_q), device=chosen.device) * block_q // rule.block_q
+        n = torch.arange(-(-row.kv_len // block_k), device=chosen.device) * block_k // rule.block_k
+        blocks = chosen[:, m.clamp(max=chosen.shape[1] - 1)][:, :, n.clamp(max=chosen.shape[2] - 1)]
+        shape = (row.q_len, row.kv_len, row.q_offset, mask.causal, mask.window, block_q, block_k)
+        layouts.append(BlockLayout.from_block_mask(blocks, *shape))
+    return layouts[0] if len(layouts) == 1 else joined(layouts)
 
 
 def _traced(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, Padding]:
@@ -181,10 +207,13 @@ def stacked(
     device: torch.device,
 ) -> BlockLayout:  # fmt: skip
     """One layout with batch = len(rows) from the layouts of the rows."""
-    parts = [
-        layout_for(rule, r.q_len, r.kv_len, r.q_offset, causal, window, block_q, block_k, device)
-        for r in rows
-    ]
+    shapes = [(r.q_len, r.kv_len, r.q_offset, causal, window, block_q, block_k, device) for r in rows]
+    return joined([layout_for(rule, *shape) for shape in shapes])
+
+
+def joined(parts: list[BlockLayout]) -> BlockLayout:
+    """Layouts of one batch item each as the items of one layout."""
+    device = parts[0].device
     longest = max(parts, key=lambda part: part.q_blocks)
     pointers, full, index, tile, bits = [torch.zeros(1, dtype=torch.int32, device=device)], [], [], [], []
     entries = tiles = 0
@@ -203,9 +232,9 @@ def stacked(
         entries, tiles = entries + part.entries, tiles + part.bits.shape[0]
     return replace(
         longest,
-        batch=len(rows),
-        q_len=max(r.q_len for r in rows),
-        kv_len=max(r.kv_len for r in rows),
+        batch=len(parts),
+        q_len=max(part.q_len for part in parts),
+        kv_len=max(part.kv_len for part in parts),
         row_ptr=torch.cat(pointers),
         full_count=torch.cat(full),
         index=torch.cat(index),

@@ -1,0 +1,183 @@
+"""`block_topk` and `moba`: every query reads the blocks of keys that score best for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CacheError
+from ...kernels.block_scores import antidiagonal_scores, pooled_scores
+from ...kernels.block_selection import forced_blocks, select_threshold, select_topk
+from ...registry import Patch, option, register_patch
+from ...rules import ChosenBlocks
+
+if TYPE_CHECKING:
+    from ...dispatch import Call
+    from ...program import Program
+
+SCORES = ("mean", "minmax", "antidiagonal")
+
+
+@register_patch("block_topk")
+@dataclass
+class BlockTopK(Patch):
+    """Every query (or block of queries) reads the key blocks that score best for it: dynamic block sparsity.
+
+    Sources: MoBA, arXiv 2502.13189 (MoonshotAI/MoBA, READ and RAN); Quest, arXiv 2406.10774 (READ in part); XAttention,
+    arXiv 2503.16428 (READ).
+
+    Formula: keys are cut into blocks of `block` tokens by position. Scores of a block: ``mean`` q . mean(k) for every
+    query (MoBA); ``minmax`` sum_d max(q_d min_d, q_d max_d) for every query, a bound that no q . k of the block exceeds
+    (Quest's page bound); ``antidiagonal`` the estimated attention mass of a block of queries and a block of keys from
+    sums along anti-diagonals of stride `stride` (XAttention). The first `sinks` blocks and the last `recent` blocks up
+    to the query's own are always read. The others: the best ``topk`` minus those, or with ``threshold`` (topk=0) the
+    fewest that hold this share of the softmax mass of their scores. Causality applies inside blocks as ever.
+
+    Neutral value: ``topk`` at least the number of blocks.
+
+    Differs from the original code: batches, left padding (blocks count from the first real token), GQA, chunked
+    prefill and decoding with a cache (the original MoBA decodes with full attention). The choice per query does not
+    depend on later tokens, so decoding equals one forward; ``antidiagonal`` chooses per block of queries, as XAttention
+    does, and leaves decoding dense. Layers with a sliding window stay as they are. All keys stay in
+    the cache. No gradient flows through the choice.
+    """
+
+    paper = "MoBA: Mixture of Block Attention for Long-Context LLMs"
+    arxiv = "2502.13189"
+    parts = ("text", "decoder")
+    default_part = "text"
+    causal_only = True
+
+    block: int = option(64, help="tokens per block of keys (antidiagonal: of queries too)")
+    topk: int = option(16, help="blocks that are read per row, forced ones included; 0 = use threshold")
+    threshold: float = option(0.9, help="with topk=0: share of the score mass of unforced blocks to read")
+    score: str = option("mean", help=f"one of {', '.join(SCORES)}")
+    sinks: int = option(1, help="first blocks that are always read")
+    recent: int = option(1, help="last blocks that are always read, the query's own included")
+    stride: int = option(8, help="antidiagonal: tokens per group, divides block")
+
+    def validate(self) -> None:
+        self.require(self.block >= 1, "block", ">= 1")
+        self.require(self.topk >= 0, "topk", ">= 0")
+        self.require(0 < self.threshold <= 1, "threshold", "in (0, 1]")
+        self.require(self.score in SCORES, "score", f"one of {', '.join(SCORES)}")
+        self.require(self.sinks >= 0, "sinks", ">= 0")
+        self.require(self.recent >= 1, "recent", ">= 1 (the own block is always read)")
+        if self.score == "antidiagonal":
+            self.require(
+                self.stride >= 1 and self.block % self.stride == 0,
+                "stride",
+                f"a divisor of block={self.block}",
+            )
+
+    def edit(self, program: Program, call: Call) -> None:
+        mask = program.mask
+        if mask.window is not None or (self.score == "antidiagonal" and program.q_len == 1):
+            return
+        if not isinstance(program.key, Tensor) or mask.kv_offset:
+            raise CacheError(
+                f"{self.name}: this cache has dropped tokens, so blocks cannot be chosen among all keys. Patch the "
+                "method that freed them with cache='keep', and start with a fresh cache"
+            )
+        scores, per_row, origin = self._scores(program)
+        kept = self._kept(scores, per_row, origin)
+        possible = scores > -torch.inf
+        if not mask.causal:  # a mask that lets some tokens see later ones (images in gemma3): those are its business
+            kept = kept | ~possible
+        program.share = (kept & possible).sum() / possible.sum().clamp(min=1)
+        program.restrict(ChosenBlocks(kept, per_row, self.block, origin), call.heads)
+
+    def _scores(self, program: Program) -> tuple[Tensor, int, Tensor]:
+        """(scores [B, H, rows, blocks], queries per row, position of the first query of row 0 [B])."""
+        mask, key = program.mask, program.key
+        starts = mask.start.int() if mask.padding is not None else None
+        origin = mask.q_offset - mask.start.to(program.query.device)
+        given: dict[str, Any] = dict(scale=program.scale, q_offset=mask.q_offset, starts=starts)
+        if self.score == "antidiagonal":
+            masses = antidiagonal_scores(program.query, key, block=self.block, stride=self.stride, **given)  # type: ignore[arg-type]
+            origin = origin.clamp(min=0)
+            last = origin[:, None] + (torch.arange(masses.shape[2], device=key.device) + 1) * self.block - 1
+            begin = torch.arange(masses.shape[3], device=key.device) * self.block
+            future = begin > last[:, :, None]
+            return masses.masked_fill(future[:, None], -torch.inf), self.block, origin
+        scores = pooled_scores(
+            program.query, key, block_q=self.block, block_k=self.block, reduce="none", pool=self.score, **given  # type: ignore[arg-type]
+        )  # fmt: skip
+        return scores, 1, origin
+
+    def _kept(self, scores: Tensor, per_row: int, origin: Tensor) -> Tensor:
+        """bool like scores: forced blocks, and the best of the others."""
+        rows, blocks = scores.shape[2:]
+        shape = dict(
+            block_q=per_row, block_k=self.block, sinks=self.sinks, recent=self.recent, device=scores.device
+        )
+        offsets = {int(o) for o in origin.clamp(min=0).tolist()} if per_row > 1 else None
+        if offsets is not None and len(offsets) == 1:
+            forced = forced_blocks(rows, blocks, q_offset=offsets.pop(), **shape)[None]  # type: ignore[arg-type]
+        else:
+            n = torch.arange(blocks, device=scores.device)
+            first = origin[:, None] + torch.arange(rows, device=scores.device) * per_row
+            own, near = (
+                (first + per_row - 1).div(self.block, rounding_mode="floor"),
+                first.div(self.block, rounding_mode="floor"),
+            )
+            near = (n <= own[..., None]) & (n > near[..., None] - self.recent)
+            forced = near | (n < self.sinks)
+        allowed = scores > -torch.inf
+        forced = forced[:, None] & allowed
+        if self.topk:
+            ranked = scores.masked_fill(forced, torch.inf)
+            return _as_mask(select_topk(ranked, self.topk), blocks) & allowed | forced
+        others = scores.masked_fill(forced, -torch.inf)
+        masses = "given" if self.score == "antidiagonal" else "softmax"
+        others = others.masked_fill(forced, 0.0) if masses == "given" else others
+        return _as_mask(select_threshold(others, self.threshold, masses=masses), blocks) & allowed | forced  # type: ignore[arg-type]
+
+    @classmethod
+    def neutral(cls, model: Any) -> dict[str, Any] | None:
+        return {"block": 4, "topk": 1 << 20}
+
+    @classmethod
+    def examples(cls, model: Any) -> list[dict[str, Any]]:
+        return [
+            {"block": 4, "topk": 2, "sinks": 0},
+            {"block": 2, "topk": 3, "score": "minmax", "recent": 2},
+            {"block": 3, "topk": 0, "threshold": 0.6},
+        ]
+
+
+def _as_mask(indices: Tensor, blocks: int) -> Tensor:
+    """Indices [..., K] (-1 = none) as bool [..., blocks]."""
+    found = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
+    return found.scatter(-1, torch.where(indices < 0, blocks, indices).long(), True)[..., :-1]
+
+
+@register_patch("moba")
+@dataclass
+class MoBA(BlockTopK):
+    """Mixture of block attention: every query reads its own block and the best `topk` - 1 blocks before it.
+
+    Source: MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189 (MoonshotAI/MoBA 61e456b, READ and
+    RAN). `block_topk` with mean-pooled keys, no sink blocks, and the paper's scaling-law setting: blocks of 512, topk
+    3 (Llama-3.1-8B-1M: ``block=4096, topk=12, layers=":-3"``).
+
+    Formula: ``s_tn = q_t . mean_{j in block n} k_j`` (after RoPE), blocks in the future excluded, the own block always
+    read, then the best ``topk - 1``. Softmax over the tokens of those blocks, causal inside the own one.
+
+    Neutral value: ``topk`` at least the number of blocks.
+
+    Differs from the original code: see `block_topk`. The original is meant for continued pre-training and is no
+    drop-in for a pretrained model; its efficient implementation runs full attention at topk=1 (READ), ours is
+    block-diagonal as its naive one.
+    """
+
+    block: int = option(512, help="tokens per block")
+    topk: int = option(3, help="blocks that are read per query, the own one included; 0 = use threshold")
+    sinks: int = option(0, help="first blocks that are always read")
+
+    @classmethod
+    def examples(cls, model: Any) -> list[dict[str, Any]]:
+        return [{"block": 4, "topk": 2}, {"block": 3, "topk": 1}]
