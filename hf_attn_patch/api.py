@@ -452,7 +452,8 @@ def plan(
     return Plan(
         config=config,
         model=type(base).__name__,
-        part=part or config.default_part,
+        part=part
+        or (config.default_part if any(config.default_part in s.parts for s in everything) else None),
         impl=impl,
         cache=cache,
         sites=chosen,
@@ -603,16 +604,22 @@ def load(model: nn.Module, directory: str | Path, *, impl: str | None = None) ->
 
 @contextmanager
 def prompt(
-    model: nn.Module, *, length: int | None = None, image_keys: Tensor | None = None
+    model: nn.Module,
+    *,
+    length: int | None = None,
+    image_keys: Tensor | None = None,
+    marked: Any = None,
 ) -> Iterator[None]:
     """Tell the patches of `model` facts they cannot see in this forward.
 
     Args:
         length: tokens of the prompt, when prompt and answer are scored in one forward without a cache.
         image_keys: bool [B, S], True on image tokens, when the model is called with `inputs_embeds` only.
+        marked: token ranges ``[[start, end], ...]`` for every row, or one such list per row (`pasta`), counted
+            from the first real token of a row, end excluded.
     """
     state = get_state(model)
     if state is None:
         raise PatchError("hap.prompt needs a patched model; call hap.patch first")
-    with state.context.prompt(length=length, image_keys=image_keys):
+    with state.context.prompt(length=length, image_keys=image_keys, marked=marked):
         yield

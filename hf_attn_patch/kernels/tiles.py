@@ -162,7 +162,7 @@ def classify(pairs: Pairs, rule: Rule, shape: Shape, order: Tensor | None) -> tu
             number,
             torch.zeros(0, shape.block_q, shape.block_k // 32, dtype=torch.int32, device=device),
         )
-    kinds, kind = torch.unique(pairs.kind[open_], dim=0, return_inverse=True)
+    kinds, kind = torch.unique(_numbered(pairs.kind[open_]), return_inverse=True)
     example = torch.empty(len(kinds), dtype=torch.long, device=device).scatter_(0, kind, open_)
     known: dict[bytes, int] = {}
     packed: list[np.ndarray] = []
@@ -184,6 +184,18 @@ def classify(pairs: Pairs, rule: Rule, shape: Shape, order: Tensor | None) -> tu
     keep = number > -2
     tiles = np.stack(packed) if packed else np.zeros((0, shape.block_q, shape.block_k // 32), np.int32)
     return Pairs(*(column[keep] for column in pairs)), number[keep], torch.from_numpy(tiles).to(device)
+
+
+def _numbered(kind: Tensor) -> Tensor:
+    """One int64 per row of [N, c], equal for equal rows only (comparing whole rows is several times slower)."""
+    low = kind.amin(0)
+    number, room = torch.zeros_like(kind[:, 0]), 1
+    for column, (least, span) in enumerate(zip(low.tolist(), (kind.amax(0) - low + 1).tolist())):
+        if room > (1 << 62) // span:  # too many combinations for one number: count those there are
+            number = torch.unique(number, return_inverse=True)[1]
+            room = kind.shape[0]
+        number, room = number * span + (kind[:, column] - least), room * span
+    return number
 
 
 def _elements(

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_attn_patch.kernels.ragged import KVGroup, RaggedKV
 from hf_attn_patch.masks import Mask
 from hf_attn_patch.program import Blend, MassEdit, Program, ScoreEdit
-from hf_attn_patch.rules import BlockSinkWindow, Neighborhood, SinkWindow
+from hf_attn_patch.rules import BlockSinkWindow, Neighborhood, SinkWindow, StridedShards
 
 
 def make(
@@ -186,6 +186,8 @@ def all_rules() -> dict[str, tuple[Any, dict[str, Any]]]:
         "sink window beyond the sequence": (SinkWindow(500, 1000), dict(L=130)),
         "block sink window": (BlockSinkWindow((1,), (2,), 16), dict(L=130)),
         "block sink window per head": (BlockSinkWindow((1, 0), (2, 3), 16), dict(L=130)),
+        "strided shards": (StridedShards(((0,), (3, 1)), 4, 2, 16), dict(L=230)),
+        "strided shards, small blocks": (StridedShards(((1,), (0, 1, 2)), 3, 1, 5), dict(L=130)),
         "neighborhood 1d": (grid(70, window=9), dict(L=70, causal=False)),
         "neighborhood 1d strided": (grid(130, window=12, stride=4), dict(L=130, causal=False)),
         "neighborhood 1d dilated": (grid(67, window=5, dilation=3), dict(L=67, causal=False)),

@@ -26,7 +26,7 @@ SCORES = ("mean", "minmax", "antidiagonal")
 class BlockTopK(Patch):
     """Every query (or block of queries) reads the key blocks that score best for it: dynamic block sparsity.
 
-    Sources: MoBA, arXiv 2502.13189 (MoonshotAI/MoBA, READ and RAN); Quest, arXiv 2406.10774 (READ in part); XAttention,
+    Source: MoBA, arXiv 2502.13189 (MoonshotAI/MoBA, READ and RAN); Quest, arXiv 2406.10774 (READ in part); XAttention,
     arXiv 2503.16428 (READ).
 
     Formula: keys are cut into blocks of `block` tokens by position. Scores of a block: ``mean`` q . mean(k) for every
