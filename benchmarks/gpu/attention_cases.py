@@ -36,7 +36,9 @@ def blocks_of(context: Context, kernel: str = "layout") -> tuple[int, int]:
 
 def causal_layout(context: Context, L: int, rule: Rule | None = None, kernel: str = "layout") -> BlockLayout:
     block_q, block_k = blocks_of(context, kernel)
-    return BlockLayout.from_rule(rule, L, L, causal=True, block_q=block_q, block_k=block_k, device=context.device)
+    return BlockLayout.from_rule(
+        rule, L, L, causal=True, block_q=block_q, block_k=block_k, device=context.device
+    )
 
 
 def causal_flops(B: int, heads: int, L: int, dim: int) -> float:
@@ -52,7 +54,7 @@ def causal_mask(context: Context, L: int, block: int = 128) -> Any:
     return block_mask(partly[None, None], (tril & ~partly)[None, None], block, L, lambda b, h, q, k: k <= q)
 
 
-# -- full causal ------------------------------------------------------------------------------------------------------
+# -- full causal -------------------------------------------------------------------------------------------
 
 
 def full(context: Context, L: int, B: int, backward: bool) -> Prepared:
@@ -63,27 +65,31 @@ def full(context: Context, L: int, B: int, backward: bool) -> Prepared:
     layout = causal_layout(context, L)
     cotangent = context.heads(B, heads, L, dim)
 
-    def gradients(forward: Callable[[], Tensor]) -> Callable[[], Any]:
+    def gradients(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...] = (q, k, v)) -> Callable[[], Any]:
         if not backward:
             return forward
         out = forward()
-        return lambda: torch.autograd.grad(out, (q, k, v), cotangent, retain_graph=True)
+        return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+
+    def flat(grads: tuple[Tensor, ...]) -> Tensor:
+        """Gradients as one vector; those of repeated K and V are summed over the query heads of a group."""
+        dq, *rest = grads
+        return torch.cat([dq.flatten(), *(g.unflatten(1, (kv_heads, -1)).sum(2).flatten() for g in rest)])
 
     ours = lambda: layout_attention(q, k, v, layout, scale=dim**-0.5)[0]
     found = Prepared({"ours": gradients(ours)})
     found.work["ours"] = causal_flops(B, heads, L, dim) * (2.5 if backward else 1.0)
-    flat = lambda grads: torch.cat([g.flatten() for g in grads])
     for backend in ("flash", "cudnn"):
-        found.compete(f"sdpa {backend}", lambda b=backend: gradients(sdpa(context, b, q, k, v, True)))
+        found.compete(f"sdpa {backend}", lambda b=backend: gradients(*sdpa(context, b, q, k, v, True)))
     found.compete("flex", lambda: gradients(flex(context, q, k, v, lambda: causal_mask(context, L))))
     if not context.clock.gpu:
-        found.compete("sdpa auto", lambda: gradients(sdpa(context, "auto", q, k, v, True)))
+        found.compete("sdpa auto", lambda: gradients(*sdpa(context, "auto", q, k, v, True)))
     if backward:
         found.view = dict.fromkeys(found.calls, flat)
     return found
 
 
-# -- sparse -----------------------------------------------------------------------------------------------------------
+# -- sparse ------------------------------------------------------------------------------------------------
 
 
 def random_blocks(context: Context, heads: int, n: int, density: float) -> Tensor:
@@ -142,7 +148,7 @@ def _sparse(
     return found
 
 
-# -- INT8 scores and ragged queries -------------------------------------------------------------------------------------
+# -- INT8 scores and ragged queries ------------------------------------------------------------------------
 
 
 def int8(context: Context, L: int) -> Prepared:
@@ -188,7 +194,10 @@ def ragged(context: Context, L: int, share: float) -> Prepared:
     whole = causal_flops(1, heads, L, dim)
     found.work = {"ours": 4 * dim * pairs / 1e12, "dense": whole, "gated dense": whole}
     found.same = ("gated dense",)
-    found.extra = {"active": float(active.float().mean()), "lists_ms": context.clock.host(lambda: token_lists(active)).json()}
+    found.extra = {
+        "active": float(active.float().mean()),
+        "lists_ms": context.clock.host(lambda: token_lists(active)).json(),
+    }
     return found
 
 
@@ -210,7 +219,7 @@ def cases(tiny: bool) -> Iterator[Case]:
         yield Case("sparse", "sinks and window", {"L": long, "density": density}, run)
     for share in (0.5,) if tiny else (0.25, 0.5, 0.75, 1.0):
         half = 64 if tiny else 16384
-        yield Case("gate", "ragged queries", {"L": half, "active": share}, lambda c, s=share: ragged(c, half, s))
+        yield Case(
+            "gate", "ragged queries", {"L": half, "active": share}, lambda c, L=half, s=share: ragged(c, L, s)
+        )
     yield Case("int8", "scores", {"L": long}, lambda c: int8(c, long))
-
-

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .timing import Clock, Times
 
-TOLERANCE = 2e-2  # relative difference of two bf16 results of one function; the gate has tested the kernels properly
+TOLERANCE = (
+    2e-2  # relative difference of two bf16 results of one function; the gate has tested the kernels properly
+)
 
 
 class NotAvailable(Exception):
@@ -46,9 +48,10 @@ class Context:
 class Prepared:
     """What a case runs.
 
-    calls: by competitor, "ours" among them. missing: why a competitor does not take part. work: amount per call of each
-    competitor in units of 1e12 operations ("TFLOP/s") or 1e9 bytes ("GB/s") as `unit` says; `work["ours"]` stands for those
-    not listed. same: competitors whose result must equal ours within `tolerance`; view: how to read a result.
+    calls: by competitor, "ours" among them. missing: why a competitor does not take part.
+    work: amount per call of each competitor, 1e12 operations or 1e9 bytes as `unit` says; `work["ours"]` stands for
+        those not listed.
+    same: competitors whose result must equal ours within `tolerance`; view: how to read a result.
     """
 
     calls: dict[str, Callable[[], Any]]
@@ -90,7 +93,7 @@ class Case:
 
 
 def row(case: Case, provider: str, status: str, **values: Any) -> dict[str, Any]:
-    """One row of the result file: status is "ok", "missing" (a competitor), "error" or "not run", the latter with `why`."""
+    """One row of the result file. status: "ok", or "missing" (a competitor), "error", "not run" with a `why`."""
     return {"case": case.id, "group": case.group, "name": case.name, "at": case.at, "provider": provider,
             "status": status, **values}  # fmt: skip
 
@@ -123,7 +126,8 @@ def run(case: Case, context: Context, warm: bool = False) -> Iterator[dict[str, 
         yield from rows_of(case, prepared, times, peaks)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {str(error).strip()[:600]} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+        text = f"{type(error).__name__}: {str(error).strip()[:600]}"
+        text += f" ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
         yield row(case, "ours", "error", why=text)
         if is_fatal(error):
             raise

@@ -17,9 +17,13 @@ from torch import Tensor
 from .case import Context, NotAvailable
 
 
-def sdpa(context: Context, backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
-    """backend: ``flash``, ``cudnn``, or ``auto`` (what torch chooses). K and V are repeated beforehand where a backend
-    does not take grouped heads."""
+def sdpa(
+    context: Context, backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool
+) -> tuple[Callable[[], Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """(call, the query, key and value that it reads). backend: ``flash``, ``cudnn``, or ``auto`` (what torch chooses).
+
+    K and V are repeated beforehand, outside of what is timed, where a backend does not take grouped heads.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if backend != "auto" and not context.clock.gpu:
@@ -36,21 +40,21 @@ def sdpa(context: Context, backend: str, q: Tensor, k: Tensor, v: Tensor, causal
     if grouped:
         try:
             attend(k, v, True)
-            return lambda: attend(k, v, True)
+            return lambda: attend(k, v, True), (q, k, v)
         except RuntimeError:
-            if k.requires_grad:
-                raise NotAvailable(f"the {backend} backend does not take grouped KV heads here") from None
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return lambda: attend(k, v, False)
+            group, trained = q.shape[1] // k.shape[1], k.requires_grad
+            k, v = (x.detach().repeat_interleave(group, 1).requires_grad_(trained) for x in (k, v))
+    return lambda: attend(k, v, False), (q, k, v)
 
 
 def block_mask(partly: Tensor, full: Tensor, block: int, length: int, mask_mod: Callable) -> Any:
-    """FlexAttention's `BlockMask` from bool [B, H, n, n] grids: what `create_block_mask` finds, without an L x L tensor."""
+    """FlexAttention's `BlockMask` from bool [B, H, n, n] grids of blocks that are visible in part and in full: what
+    `create_block_mask` finds, without an L x L tensor."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def ordered(grid: Tensor) -> tuple[Tensor, Tensor]:
         grid = grid.int()
-        return grid.sum(-1).int(), grid.argsort(-1, descending=True, stable=True).int().contiguous()
+        return grid.sum(-1).int(), torch.argsort(grid, dim=-1, descending=True, stable=True).int()
 
     return BlockMask.from_kv_blocks(
         *ordered(partly), *ordered(full), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(length, length)

@@ -25,8 +25,12 @@ TESTS = Path("tests/triton")
 
 @dataclass
 class Gate:
-    """Outcome. status: ``green`` (everything passed), ``quick`` (the quick subset passed, nothing failed, not everything
-    ran), ``red`` (a test failed, or not even the subset ran). how: the command that ran. failed: test -> end of its report."""
+    """Outcome of the gate.
+
+    status: ``green`` (everything passed), ``quick`` (the quick subset passed, nothing failed, not everything ran),
+        ``red`` (a test failed, or not even the subset ran).
+    how: the command that ran. failed: test -> end of its report.
+    """
 
     status: str
     how: str
@@ -40,7 +44,9 @@ class Gate:
     @classmethod
     def of(cls, path: Path, how: str, ended: bool, files: int, seconds: float) -> Gate:
         """From the lines of `gate_plugin`; files: how many pytest runs share the tests (their collections add up)."""
-        lines = [json.loads(x) for x in path.read_text().splitlines() if x.endswith("}")] if path.exists() else []
+        lines = (
+            [json.loads(x) for x in path.read_text().splitlines() if x.endswith("}")] if path.exists() else []
+        )
         results = {x["id"]: x for x in lines if "id" in x}
         collections = [x for x in lines if "collected" in x]
         add = (lambda key: sum(x[key] for x in collections)) if files > 1 else (
@@ -59,9 +65,11 @@ class Gate:
             gate.status = "green"
         elif done_quick >= add("quick") > 0:
             gate.status = "quick"
-            gate.note = f"time was up after {gate.passed} of {gate.collected} tests; the quick subset and all others that ran passed"
+            gate.note = f"time was up after {gate.passed} of {gate.collected} tests; all that ran passed"
         else:
-            gate.note = f"stopped after {gate.passed} of {gate.collected} tests, the quick subset not among them"
+            gate.note = (
+                f"stopped after {gate.passed} of {gate.collected} tests, the quick subset not among them"
+            )
         return gate
 
     @property
@@ -71,12 +79,17 @@ class Gate:
 
 
 def environment(path: Path, quick: bool) -> dict[str, str]:
-    found = {**os.environ, "TRITON_INTERPRET": "0", "GPU_GATE_FILE": str(path), "GPU_GATE_QUICK": str(int(quick))}
+    found = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "GPU_GATE_FILE": str(path),
+        "GPU_GATE_QUICK": str(int(quick)),
+    }
     return found | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def finish(process: subprocess.Popen, deadline: float) -> bool:
-    """Wait until a process ends or `deadline` (time.monotonic), then end it and its children; True if it ended by itself."""
+    """Wait for a process until `deadline` (time.monotonic), then end it and its children; True if it ended alone."""
     try:
         process.wait(max(deadline - time.monotonic(), 0.1))
         return True
@@ -86,13 +99,25 @@ def finish(process: subprocess.Popen, deadline: float) -> bool:
         return False
 
 
-def run(folder: Path, seconds: float, quick: bool, workers: int, available: Callable[[str], Any] | None = None) -> Gate:
+def run(
+    folder: Path, seconds: float, quick: bool, workers: int, available: Callable[[str], Any] | None = None
+) -> Gate:
     """Run the gate in at most `seconds`, logging under `folder`. available: finds a package (importlib's find_spec)."""
     available = available or importlib.util.find_spec
     begin = time.monotonic()
     path, log = folder / "gate.jsonl", folder / "gate.log"
     path.unlink(missing_ok=True)
-    pytest = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.gate_plugin", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "benchmarks.gpu.gate_plugin",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--tb=short",
+    ]
     if not available("pytest"):
         commands = [[sys.executable, "-m", "benchmarks.gpu.gate", *(["--quick"] if quick else [])]]
         how = "built-in list of programs (pytest is not installed)"
@@ -101,10 +126,10 @@ def run(folder: Path, seconds: float, quick: bool, workers: int, available: Call
         how = f"pytest -n {workers}"
     else:
         files = sorted(p for p in (ROOT / TESTS).glob("test_*.py") if p.name != "test_aot.py")
-        commands = [[*pytest, str(p.relative_to(ROOT))] for p in files]
+        commands = [[*pytest, str(p)] for p in files]
         how = f"pytest, a process per file, {workers} at a time (pytest-xdist is not installed)"
     # tests of one file are one process here, so the long ones must not start last
-    commands.sort(key=lambda c: -(ROOT / c[-1]).stat().st_size if (ROOT / c[-1]).is_file() else 0)
+    commands.sort(key=lambda c: -Path(c[-1]).stat().st_size if Path(c[-1]).is_file() else 0)
 
     def one(command: list[str]) -> bool:
         if time.monotonic() > begin + seconds:
@@ -116,7 +141,9 @@ def run(folder: Path, seconds: float, quick: bool, workers: int, available: Call
 
     with ThreadPoolExecutor(workers if len(commands) > 1 else 1) as pool:
         ended = all(list(pool.map(one, commands)))
-    gate = Gate.of(path, how + (", quick subset" if quick else ""), ended, len(commands), time.monotonic() - begin)
+    gate = Gate.of(
+        path, how + (", quick subset" if quick else ""), ended, len(commands), time.monotonic() - begin
+    )
     if quick and gate.status == "green":
         gate.status, gate.note = "quick", "only the quick subset was asked for"
     if gate.status == "red" and not gate.failed and log.exists():
@@ -124,7 +151,7 @@ def run(folder: Path, seconds: float, quick: bool, workers: int, available: Call
     return gate
 
 
-# -- without pytest -----------------------------------------------------------------------------------------------------
+# -- without pytest ----------------------------------------------------------------------------------------
 
 
 def programs(quick: bool) -> Iterator[tuple[str, Callable[[], Any], list[Any], bool]]:
@@ -136,12 +163,20 @@ def programs(quick: bool) -> Iterator[tuple[str, Callable[[], Any], list[Any], b
     from tests.kernels import cases
 
     single, all_dtypes = [torch.float32], [torch.float32, torch.float16, torch.bfloat16]
-    given = {"opaque rule", "opaque rule, padded", "given bool", "given float", "hole in padding", "hole in padding, bidirectional"}
+    given = {
+        "opaque rule",
+        "opaque rule, padded",
+        "given bool",
+        "given float",
+        "hole in padding",
+        "hole in padding, bidirectional",
+    }
     for name, make in cases.all_masks().items():
         if name not in given:
             yield f"mask {name}", make, single, True
     for name, change in cases.all_edits().items():
         if name != "mean_abs":
+
             def edited(change: Callable = change) -> Any:
                 program = cases.make(L=66)
                 program.classify(cases.classes(program))
@@ -149,6 +184,7 @@ def programs(quick: bool) -> Iterator[tuple[str, Callable[[], Any], list[Any], b
 
             yield f"edit {name}", edited, single, "mass" not in name
     for dim in (16, 64, 128) if quick else (16, 40, 64, 72, 80, 96, 128, 160, 192, 256):
+
         def restricted(dim: int = dim) -> Any:
             program = cases.make(B=1, H=2, Hkv=1, L=130, D=dim)
             program.restrict(SinkWindow(4, 30))
@@ -156,6 +192,7 @@ def programs(quick: bool) -> Iterator[tuple[str, Callable[[], Any], list[Any], b
 
         yield f"head dimension {dim}", restricted, all_dtypes, True
     for name, (rule, options) in () if quick else cases.all_rules().items():
+
         def ruled(rule: Any = rule, options: Any = options) -> Any:
             program = cases.make(**{"B": 1, **options})
             program.restrict(rule)
@@ -180,7 +217,9 @@ def built_in(quick: bool) -> None:
     from benchmarks.gpu.gate_plugin import write
     from tests.kernels.budget import assert_within_budget
 
-    listed = [(f"{n} {str(d).removeprefix('torch.')}", make, d, g) for n, make, ds, g in programs(quick) for d in ds]
+    listed = [
+        (f"{n} {str(d).removeprefix('torch.')}", make, d, g) for n, make, ds, g in programs(quick) for d in ds
+    ]
     write(collected=len(listed), quick=len(listed))
     for name, make, dtype, gradients in listed:
         try:

@@ -1,7 +1,7 @@
 """pytest plugin of the gate: the quick subset first (or alone), and one JSON line per result as it happens.
 
-Lines: {"collected": n, "quick": k} once per process that collects, {"id", "outcome", "quick", "text"} per test. A gate that
-is killed when its time is up has still told what it knows.
+Lines: {"collected": n, "quick": k} once per process that collects, {"id", "outcome", "quick", "text"} per test. A gate
+that is killed when its time is up has still told what it knows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ QUICK = (
     "test_layout_attention.py::test_dynamic_layouts", "test_layout_attention.py::test_int8",
     "test_classes.py::test_mass_edits_under", "test_classes.py::test_a_transfer", "test_classes.py::test_statistics",
     "test_decode.py::test_every_number_of_keys", "test_decode.py::test_spans", "test_decode.py::test_ring",
-    "test_ragged_queries.py::test_a_random_choice", "test_linear.py::test_causal_output", "test_linear.py::test_gradients_with",
-    "test_int8_quantise.py::test_an_element",
+    "test_ragged_queries.py::test_a_random_choice", "test_linear.py::test_causal_output",
+    "test_linear.py::test_gradients_with", "test_int8_quantise.py::test_an_element",
 )  # fmt: skip
 
 
@@ -34,7 +34,11 @@ def write(**line: Any) -> None:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     quick = [item for item in items if is_quick(item.nodeid)]
-    rest = [] if os.environ.get("GPU_GATE_QUICK") == "1" else [item for item in items if not is_quick(item.nodeid)]
+    rest = (
+        []
+        if os.environ.get("GPU_GATE_QUICK") == "1"
+        else [item for item in items if not is_quick(item.nodeid)]
+    )
     items[:] = quick + rest
     write(collected=len(items), quick=len(quick))
 

@@ -11,9 +11,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """what: the claim. group, name: rows it speaks of (name "" = all of the group). value: number of a row (None = does not
-    apply to it). wanted: bound; at_most: whether values must stay below it. needs: a competitor without which there is no
-    verdict."""
+    """A claim `what` about the rows of a group (and `name`, unless it is empty).
+
+    value: number of a row, None = the claim does not apply to it. wanted: bound; at_most: values must stay below it.
+    needs: competitor without which there is no verdict.
+    """
 
     what: str
     group: str
@@ -81,17 +83,27 @@ def ceilings_of(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def evaluate(rows: list[Row]) -> list[dict[str, Any]]:
-    """Per target: verdict "met", "missed" or "not run" with the worst number, the case it belongs to, and how many of the
-    cases the verdict covers."""
+    """Per target: verdict "met", "met where it ran", "missed" or "not run", the worst number and its case, and how many
+    of the cases the verdict covers."""
     ceilings, result = ceilings_of(rows), []
     for target in TARGETS:
-        mine = [r for r in rows if r["group"] == target.group and target.name in ("", r["name"]) and r["provider"] == "ours"]
+        mine = [
+            r
+            for r in rows
+            if r["group"] == target.group and target.name in ("", r["name"]) and r["provider"] == "ours"
+        ]
         found = []
         for row in mine:
             value = target.value(row, ceilings) if row["status"] == "ok" else None
             if value is not None:
                 found.append((value, row["case"]))
-        entry = {"what": target.what, "wanted": target.wanted, "at_most": target.at_most, "cases": len(mine), "judged": len(found)}
+        entry = {
+            "what": target.what,
+            "wanted": target.wanted,
+            "at_most": target.at_most,
+            "cases": len(mine),
+            "judged": len(found),
+        }
         if not found:
             entry |= {"verdict": "not run", "why": _why(rows, mine, target)}
         else:

@@ -1,7 +1,7 @@
-"""The process that owns the GPU while cases run; `scripts/gpu_check.py` watches it, and starts another if a kernel kills it.
+"""The process that owns the GPU while cases run; `scripts/gpu_check.py` watches and replaces it.
 
-Writes JSON lines: {"start": case} before a case, its rows, {"done": case} after it. Every group of cases gets a share of
-the time; what does not fit waits until all groups had their turn, and is then run as long as time is left.
+Writes JSON lines: {"start": case} before a case, its rows, {"done": case} after it. Every group of cases gets a share
+of the time; what does not fit waits until all groups had their turn, and is then run as long as time is left.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def schedule(cases: list[Case], deadline: float, now: Callable[[], float] = time
             yield case
 
 
-def work(context: Context, cases: list[Case], deadline: float, write: Callable[[dict[str, Any]], None], warm: bool) -> None:
+def work(
+    context: Context, cases: list[Case], deadline: float, write: Callable[[dict[str, Any]], None], warm: bool
+) -> None:
     """Run cases until `deadline` (time.time) and write their lines."""
     for case in schedule(cases, deadline):
         write({"start": case.id})

@@ -1,0 +1,1 @@
+"""What `scripts/gpu_check.py` runs: correctness gate, cases, targets, report. See README.md."""
