@@ -70,8 +70,39 @@ The branch costs registers where there are few, and it stops the compiler from l
 block of keys and values instead of one per stage.
 """
 
-# why a spill is accepted, in order of preference: (regular expression for "file kernel target case", reason)
-REASONS: list[tuple[str, str]] = []
+# why a spill is accepted, the first that fits: (regular expression for the `text` of `known_spills`, reason)
+REASONS = [
+    (
+        r" sm\d+ .*, (\d\d|1\d\d) registers, ([1-5]?\d|6[0-4]) B",
+        "**ptxas stopped before 255 registers.** The counts are steps of occupancy (64, 72, 128, 168 ...): it "
+        "put a few words on the stack to reach one.",
+    ),
+    (
+        r" fp32 ",
+        "**fp32.** Products are exact, which tensor cores are not: the operands of a product go through registers too. "
+        "fp32 is there to compare with.",
+    ),
+    (
+        r"^layout_attention .*(bias|order|padded|edits|softcap|query scale|mean values|everything)"
+        r"|^ragged_queries .*(padded|bidirectional|window|gate)",
+        "**An option beside a full tile.** Blocks and steps are those of attention without options; a bias, edited "
+        "scores or an offset per row (padding, order) want a few registers more. Smaller blocks would cost every call.",
+    ),
+    (
+        r"^classes .*(padded|edits)",
+        "**Four outputs beside an option.** The accumulators of four classes alone take 128 of 255 registers.",
+    ),
+    (
+        r"(bf16|fp16) (D=|D|F|)(160|192|256)",
+        "**Head dimensions above 128.** An accumulator has up to 256 columns; half the block would double the traffic.",
+    ),
+    (
+        r"(bf16|fp16) (D=|D|F|)(40|80|96)\b",
+        "**Head dimensions that are no powers of two.** Operands and accumulators in two parts, with offsets for each "
+        "(80 = 64 + 16), or tiles with masks.",
+    ),
+    (r", (8|16) B$", "**Two or four words**, in a case like others that have none."),
+]
 UNEXPLAINED = "**Not explained yet:**"
 
 
@@ -149,7 +180,7 @@ def known_spills(rows: Sequence[aot.Row]) -> list[str]:
     groups: dict[str, dict[tuple[str, str], dict[str, int]]] = {}
     for row in rows:
         if row.spills:
-            text = f"{row.module} {row.kernel} {row.target} {row.case}"
+            text = f"{row.module} {row.kernel} {row.target} {row.case}, {row.registers} registers, {row.spills} B"
             why = next((reason for pattern, reason in REASONS if re.search(pattern, text)), UNEXPLAINED)
             cases = groups.setdefault(why, {}).setdefault((row.kernel, row.target), {})
             cases[row.case] = max(row.spills, cases.get(row.case, 0))

@@ -108,7 +108,9 @@ def test_moba_is_the_original_moba(case, impl):
     else:  # packed: [tokens, heads, D], one sequence after the other
         parts = list(zip(*(x.transpose(0, 1)[None].split(config["lens"], 2) for x in (q, k, v, expected))))
     for q, k, v, expected in parts:
-        program = Program(q, k, v, Mask(q.shape[0], q.shape[2], q.shape[2], causal=True), scale=q.shape[3] ** -0.5)
+        program = Program(
+            q, k, v, Mask(q.shape[0], q.shape[2], q.shape[2], causal=True), scale=q.shape[3] ** -0.5
+        )
         MoBA(block=config["block"], topk=config["topk"]).edit(program, Call())  # type: ignore[arg-type]
         double = cast(program, torch.float64)  # the choice is kept, what is computed with it is exact
         truth, plain = attention(double, "reference").output, attention(program, "reference").output

@@ -80,7 +80,8 @@ class Gate:
 
 def environment(path: Path, quick: bool) -> dict[str, str]:
     found = {
-        **os.environ,
+        # the gate is a pytest of its own, also when a pytest worker starts it
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         "TRITON_INTERPRET": "0",
         "GPU_GATE_FILE": str(path),
         "GPU_GATE_QUICK": str(int(quick)),

@@ -185,7 +185,9 @@ def test_a_layout_is_transposed_once_for_all_layers_and_steps(monkeypatch):
     made = []
     original = BlockLayout.transpose
     monkeypatch.setattr(BlockLayout, "transpose", lambda self: made.append(self) or original(self))
-    layout = BlockLayout.from_rule(SinkWindow(3, 20), 65, 65, causal=True, block_q=32, block_k=32, device=DEVICE)
+    layout = BlockLayout.from_rule(
+        SinkWindow(3, 20), 65, 65, causal=True, block_q=32, block_k=32, device=DEVICE
+    )
     for seed in range(3):
         q, k, v = (x.requires_grad_(True) for x in inputs(L=65, seed=seed))
         layout_attention(q, k, v, layout, scale=0.25)[0].sum().backward()

@@ -21,7 +21,10 @@ from tests.kernels.budget import check_budget
 from .conftest import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-NO_KERNEL = {"block_topk", "moba"}  # their examples choose per query; tests/test_block_topk.py has blocks of queries
+NO_KERNEL = {
+    "block_topk",
+    "moba",
+}  # their examples choose per query; tests/test_block_topk.py has blocks of queries
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "dinov2", "llava")
 
 

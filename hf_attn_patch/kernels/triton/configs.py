@@ -75,6 +75,7 @@ def forced(kernel: str, chosen: Config) -> Iterator[None]:
 
 # -- measured rows ------------------------------------------------------------------------------------------------
 
+
 def tuned_path() -> Path:
     """Where measured configurations of this GPU live (HF_ATTN_PATCH_CACHE, default ~/.cache/hf_attn_patch)."""
     return _path(os.environ.get("HF_ATTN_PATCH_CACHE"))

@@ -32,17 +32,18 @@ _WIDE = (
     2,
     Config(64, 32, 8, 2),
 )  # 32 keys: dK and dV of 64 keys by 256 dimensions do not fit in registers
-rows("layout", sm90=[(64, 2, Config(128, 64, 4, 3)), (128, 2, Config(128, 64, 8, 3)), _WIDE, *_FP32],
-     gfx942=[(128, 2, Config(128, 64, 8, 2)), (256, 2, Config(64, 32, 4, 1)), *_FP32],
+# four warps on gfx942 have 512 registers per thread, eight 256
+rows("layout", gfx942=[(128, 2, Config(128, 64, 4, 2)), (256, 2, Config(64, 32, 4, 1)), (256, 4, Config(32, 32, 4, 1))],
      other=[(128, 2, Config(128, 64, 8, 3)), _WIDE, *_FP32])  # fmt: skip
 # blocks are the forward's; block_k of dQ and block_q of dK/dV are the tokens per step inside one entry; 64 leave
 # no registers for a bias, a query scale or a token order at D = 128 (dQ on sm80, dK/dV everywhere)
-rows("layout_dq", gfx942=[(128, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 8, 1))],
+rows("layout_dq", gfx942=[(128, 2, Config(0, 32, 4, 2)), (256, 4, Config(0, 32, 4, 1))],
      sm80=[(256, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 8, 1))],
      other=[(128, 2, Config(0, 64, 8, 2)), (256, 2, Config(0, 32, 8, 2)), (256, 4, Config(0, 32, 8, 1))])  # fmt: skip
-rows("layout_dkv", gfx942=[(256, 2, Config(32, 0, 4, 2)), (256, 4, Config(32, 0, 8, 1))],
+rows("layout_dkv", gfx942=[(256, 2, Config(32, 0, 4, 2)), (256, 4, Config(32, 0, 4, 1))],
      sm80=[(256, 2, Config(32, 0, 8, 2)), (256, 4, Config(32, 0, 8, 1))],
-     other=[(64, 2, Config(64, 0, 8, 2)), (256, 2, Config(32, 0, 8, 2)), (256, 4, Config(32, 0, 8, 1))])  # fmt: skip
+     other=[(64, 2, Config(64, 0, 8, 2)), (256, 2, Config(32, 0, 8, 2)), (64, 4, Config(32, 0, 8, 1)),
+            (96, 4, Config(32, 0, 16, 1)), (256, 4, Config(32, 0, 8, 1))])  # fmt: skip
 
 
 @dataclass
@@ -331,7 +332,10 @@ def _case(label: str, dtype: torch.dtype, D: int, E: int, default: bool = False,
         return empty(*shape, dtype=dtype) if given.get(name) else None
 
     def inputs() -> tuple[list, list]:
-        B, H, Hkv, L, int32 = 2, 32, 8, 4096, torch.int32
+        B, H, Hkv, L, int32 = (
+            (1, 1, 1, 4096, torch.int32) if given.get("one") else (2, 32, 8, 4096, torch.int32)
+        )
+        copies, heads = (B, H) if given.get("per_head") else (1, 1)
         scores = torch.int8 if given.get("int8") else dtype
         chosen = config("layout", torch.device("meta"), max(D, E), dtype)
         q_blocks, words = L // chosen.block_q, chosen.block_k // 32
@@ -346,7 +350,7 @@ def _case(label: str, dtype: torch.dtype, D: int, E: int, default: bool = False,
             empty(B, L, dtype=torch.int8) if edits else None,
         ]  # fmt: skip
         numbers = [
-            [L, L, chosen.block_q, chosen.block_k, 1, 1, 1, -1, 0],
+            [L, L, chosen.block_q, chosen.block_k, copies, heads, 1, -1, 0],
             pack_edits([("add", 1), ("abs", 2)]) if edits else 0, 2 if edits else 0,
             30.0 if given.get("softcap") else 0.0, 0.125,
         ]  # fmt: skip
@@ -363,12 +367,13 @@ def _case(label: str, dtype: torch.dtype, D: int, E: int, default: bool = False,
 
     def backward() -> None:
         tensors, numbers = inputs()
-        out, lse = empty(2, 4096, 32, E).transpose(1, 2), empty(2, 32, 4096, dtype=torch.float32)
+        B, H, L, _ = tensors[0].shape
+        out, lse = empty(B, L, H, E).transpose(1, 2), empty(B, H, L, dtype=torch.float32)
         sizes = numbers[0]
         row_ptr, full, index, tile, bits, order = tensors[3:9]
         turned = torch.empty(bits.shape[0], sizes[3], sizes[2] // 32, dtype=torch.int32, device="meta")
         _transposed[row_ptr] = BlockLayout(
-            4096, 4096, 0, 1, 1, sizes[3], sizes[2], row_ptr, full, index, tile, turned, order, transposed=True
+            L, L, 0, sizes[4], sizes[5], sizes[3], sizes[2], row_ptr, full, index, tile, turned, order, transposed=True
         )  # fmt: skip
         run: Any = _backward_impl
         run(out, None, out, lse, *tensors, *numbers, bool(given.get("uniform")))
@@ -385,12 +390,13 @@ def aot_cases() -> list[Case]:
         "padded": dict(left=True, right=True), "edits": dict(edits=True), "softcap": dict(softcap=True),
         "bias": dict(bias=True), "query scale": dict(query_scale=True), "order": dict(order=True),
         "mean values": dict(uniform=True), "sinks": dict(sinks=True), "gate and blend": dict(gate=True, blend=True),
-        "int8": dict(int8=True),
+        "int8": dict(int8=True), "per head and item": dict(per_head=True), "one head": dict(one=True),
         "everything": dict(left=True, right=True, edits=True, softcap=True, bias=True, query_scale=True),
     }  # fmt: skip
     cases = _case("bf16 192x128", torch.bfloat16, 192, 128)
     for name, dtype, D, options in sizes():
         cases += _case(f"{name} {D}", dtype, D, D, default=options)
         for feature, given in features.items() if options else ():
-            cases += _case(f"{name} {D} {feature}", dtype, D, D, **given)
+            default = D == 128 and feature in ("edits", "per head and item")
+            cases += _case(f"{name} {D} {feature}", dtype, D, D, default, **given)
     return cases

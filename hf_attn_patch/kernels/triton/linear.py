@@ -258,8 +258,8 @@ def aot_cases() -> list[Case]:
                 cases.append(Case(label, run, options and (F, DV) == (128, 64 if causal else 128)))
             if options and F == DV:
                 cases.append(
-                    Case(f"linear sum {name}", lambda a=(dtype, F, DV, True, False, False): call(*a))
+                    Case(f"linear sum {name}", functools.partial(call, dtype, F, DV, True, False, False))
                 )
             default = options and (F, DV) == (256, 128)
-            cases.append(Case(f"linear step {name}", lambda a=(dtype, F, DV): step(*a), default))
+            cases.append(Case(f"linear step {name}", functools.partial(step, dtype, F, DV), default))
     return cases

@@ -29,10 +29,9 @@ from .scores import LOG2E, load_rows
 configs.rows(
     "ragged_queries_forward",
     other=[
-        (64, 2, Config(128, 64, 4, 3)),
         (128, 2, Config(128, 64, 8, 3)),
         (256, 2, Config(64, 32, 8, 2)),
-        (128, 4, Config(32, 32, 4, 2)),
+        (96, 4, Config(32, 32, 8, 2)),
         (256, 4, Config(16, 16, 4, 2)),
     ],
     gfx942=[  # 64 KiB of LDS; 8 warps would halve the registers of a thread and spill
@@ -48,14 +47,14 @@ configs.rows(
         (64, 2, Config(64, 64, 4, 2)),
         (128, 2, Config(64, 64, 8, 2)),
         (256, 2, Config(64, 32, 8, 1)),
-        (128, 4, Config(16, 32, 4, 2)),
+        (128, 4, Config(16, 32, 8, 2)),
         (256, 4, Config(16, 16, 4, 2)),
     ],
     sm80=[  # D = 80 still puts 24 bytes on the stack: two accumulators of 64 and 16 columns
         (64, 2, Config(64, 32, 4, 2)),
         (128, 2, Config(64, 64, 8, 2)),
         (256, 2, Config(64, 32, 8, 1)),
-        (128, 4, Config(16, 32, 4, 2)),
+        (128, 4, Config(16, 32, 8, 2)),
         (256, 4, Config(16, 16, 4, 2)),
     ],
     gfx942=[
@@ -65,15 +64,16 @@ configs.rows(
         (256, 4, Config(16, 16, 4, 1)),
     ],
 )
+_DKDV = [
+    (128, 2, Config(64, 64, 8, 2)),
+    (256, 2, Config(32, 32, 8, 1)),
+    (128, 4, Config(32, 32, 8, 1)),
+    (256, 4, Config(16, 16, 4, 1)),
+]
 configs.rows(
     "ragged_queries_dkdv",
-    other=[
-        (64, 2, Config(64, 64, 4, 2)),
-        (128, 2, Config(64, 64, 8, 2)),
-        (256, 2, Config(32, 64, 8, 1)),
-        (128, 4, Config(32, 32, 4, 1)),
-        (256, 4, Config(16, 16, 4, 1)),
-    ],
+    other=_DKDV,
+    sm80=[(64, 2, Config(32, 64, 4, 2)), *_DKDV],
     gfx942=[
         (64, 2, Config(64, 64, 4, 1)),
         (128, 2, Config(32, 64, 4, 1)),

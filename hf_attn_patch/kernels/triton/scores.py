@@ -55,6 +55,33 @@ def soft_cap(s, cap):
 
 
 @triton.jit
+def _edited(s, slope, amount, classes, KIND: tl.constexpr, CLASS: tl.constexpr, SLOPE: tl.constexpr):
+    """One score edit, and the slope behind it. KIND: 0 add, 1 abs, 2 multiply. CLASS: key class + 1, 0 = every key.
+    (A function of its own, because a constexpr cannot be assigned twice in an unrolled loop.)"""
+    turn = slope
+    if KIND == 2:
+        changed = s * amount
+        if SLOPE:
+            turn = slope * amount
+    elif KIND == 1:
+        changed = s + amount * tl.abs(s)
+        if SLOPE:
+            turn = slope * (1.0 + tl.where(s > 0, amount, tl.where(s < 0, -amount, 0.0)))
+    else:
+        changed = s + amount
+    if CLASS > 0:
+        chosen = classes == CLASS - 1
+        s = tl.where(chosen, changed, s)
+        if SLOPE and KIND > 0:
+            slope = tl.where(chosen, turn, slope)
+    else:
+        s = changed
+        if SLOPE:
+            slope = turn
+    return s, slope
+
+
+@triton.jit
 def edited_scores(
     s,
     scale,
@@ -87,28 +114,7 @@ def edited_scores(
         s += tl.load(bias + bias_at, mask=exists, other=0.0).to(tl.float32)
     for e in tl.static_range(EDITS):
         amount = tl.load(amounts + e * stride_amount + amount_at)
-        kind: tl.constexpr = (KINDS >> (8 * e)) & 3
-        of_class: tl.constexpr = (KINDS >> (8 * e + 2)) & 63
-        if kind == 2:
-            changed = s * amount
-        elif kind == 1:
-            changed = s + amount * tl.abs(s)
-        else:
-            changed = s + amount
-        if SLOPE:
-            if kind == 2:
-                turn = slope * amount
-            elif kind == 1:
-                turn = slope * (1.0 + tl.where(s > 0, amount, tl.where(s < 0, -amount, 0.0)))
-            else:
-                turn = slope
-        if of_class > 0:
-            chosen = classes == of_class - 1
-            s = tl.where(chosen, changed, s)
-            if SLOPE:
-                slope = tl.where(chosen, turn, slope)
-        else:
-            s = changed
-            if SLOPE:
-                slope = turn
+        s, slope = _edited(
+            s, slope, amount, classes, (KINDS >> (8 * e)) & 3, (KINDS >> (8 * e + 2)) & 63, SLOPE
+        )
     return s * LOG2E, slope

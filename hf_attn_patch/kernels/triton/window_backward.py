@@ -33,9 +33,9 @@ from .linear_chunks import (
     wide,
 )
 
-# block_k: widest tile of D, F and Dv (tokens per chunk: see window_linear). _window_dq keeps a stack of 8 bytes per
-# thread on sm80 and sm100 at D = 128
-configs.rows("window_backward", other=[(256, 2, Config(64, 64, 8, 2)), (256, 4, Config(32, 32, 4, 2))])
+# block_k: widest tile of D, F and Dv (tokens per chunk: see window_linear)
+_ROWS = [(256, 2, Config(64, 32, 8, 1)), (256, 4, Config(32, 32, 4, 2))]
+configs.rows("window_backward", other=_ROWS, gfx942=[(256, 2, Config(64, 32, 4, 1)), _ROWS[1]])
 
 
 @triton.jit

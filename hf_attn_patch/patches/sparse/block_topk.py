@@ -85,7 +85,9 @@ class BlockTopK(Patch):
         scores, per_row, origin = self._scores(program)
         kept = self._kept(scores, per_row, origin)
         possible = scores > -torch.inf
-        if not mask.causal:  # a mask that lets some tokens see later ones (images in gemma3): those are its business
+        if (
+            not mask.causal
+        ):  # a mask that lets some tokens see later ones (images in gemma3): those are its business
             kept = kept | ~possible
         program.share = (kept & possible).sum() / possible.sum().clamp(min=1)
         program.restrict(ChosenBlocks(kept, per_row, self.block, origin), call.heads)
