@@ -5,6 +5,7 @@ Formulas, shapes and meaning of the arguments: `kernels.linear`, which checks th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -254,7 +255,7 @@ def aot_cases() -> list[Case]:
             name = f"{kind} F{F} Dv{DV}"
             for causal in (True, False) if options and F == DV else (True,):
                 label = f"linear {'causal' if causal else 'full'} {name}{' mask state' if causal else ''}"
-                run = lambda a=(dtype, F, DV, causal, causal, True): call(*a)
+                run = functools.partial(call, dtype, F, DV, causal, causal, True)
                 cases.append(Case(label, run, options and (F, DV) == (128, 64 if causal else 128)))
             if options and F == DV:
                 cases.append(
