@@ -1,7 +1,7 @@
 """Forward kernel of layout attention: softmax(edited q k^T) v over the entries of a `BlockLayout`.
 
 One program owns a block of queries of one head. It walks the row's full entries, then its tile entries, in two loops:
-a branch per entry would make the compiler keep both variants of the body alive and spill (see docs/kernels.md).
+a branch per entry costs registers and keeps the compiler from loading ahead (see docs/kernels.md).
 """
 
 import triton
