@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import CacheError
 from ...kernels.block_scores import antidiagonal_scores, pooled_scores
-from ...kernels.block_selection import forced_blocks, select_threshold, select_topk
+from ...kernels.block_selection import select_threshold, select_topk
 from ...registry import Patch, option, register_patch
 from ...rules import ChosenBlocks
 
@@ -113,21 +113,11 @@ class BlockTopK(Patch):
     def _kept(self, scores: Tensor, per_row: int, origin: Tensor) -> Tensor:
         """bool like scores: forced blocks, and the best of the others."""
         rows, blocks = scores.shape[2:]
-        shape = dict(
-            block_q=per_row, block_k=self.block, sinks=self.sinks, recent=self.recent, device=scores.device
-        )
-        offsets = {int(o) for o in origin.clamp(min=0).tolist()} if per_row > 1 else None
-        if offsets is not None and len(offsets) == 1:
-            forced = forced_blocks(rows, blocks, q_offset=offsets.pop(), **shape)[None]  # type: ignore[arg-type]
-        else:
-            n = torch.arange(blocks, device=scores.device)
-            first = origin[:, None] + torch.arange(rows, device=scores.device) * per_row
-            own, near = (
-                (first + per_row - 1).div(self.block, rounding_mode="floor"),
-                first.div(self.block, rounding_mode="floor"),
-            )
-            near = (n <= own[..., None]) & (n > near[..., None] - self.recent)
-            forced = near | (n < self.sinks)
+        n = torch.arange(blocks, device=scores.device)
+        first = origin[:, None] + torch.arange(rows, device=scores.device) * per_row  # differs per batch row
+        own = (first + per_row - 1).div(self.block, rounding_mode="floor")[..., None]
+        oldest = first.div(self.block, rounding_mode="floor")[..., None] - self.recent
+        forced = ((n <= own) & (n > oldest)) | (n < self.sinks)
         allowed = scores > -torch.inf
         forced = forced[:, None] & allowed
         if self.topk:
