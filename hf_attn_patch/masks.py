@@ -211,16 +211,6 @@ class Mask:
         return [(a, a + n) for a, n in zip(first.tolist(), count.tolist())]
 
     @fact
-    def only_left_padding(self) -> bool:
-        """True if padding, where present, is a run at the left end of each row: rows are then plain shorter rows."""
-        if not self.has_padding:
-            return True
-        assert self.padding is not None
-        seen = self.padding[:, : self.kv_offset + self.kv_len]
-        columns = torch.arange(seen.shape[1], device=seen.device)
-        return bool((seen == (columns >= self.start[: seen.shape[0], None])).all())
-
-    @fact
     def packed(self) -> bool:
         """True if rows hold several sequences, told apart by restarting position ids."""
         return _is_packed(self.rule)

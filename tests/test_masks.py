@@ -152,10 +152,10 @@ def test_facts_of_common_masks_are_arithmetic_and_of_odd_ones_are_not():
 
 def test_padding_facts():
     mask = lambda name: made_by_transformers("causal", dispatch.NAME, PADDINGS[name])
-    assert mask("left").starts == [4, 0, 1] and mask("left").only_left_padding and mask("left").has_padding
-    assert mask("right").starts == [0, 0, 0] and not mask("right").only_left_padding
-    assert not mask("holes").only_left_padding and mask("holes").starts == [1, 0, 0]
-    assert mask("empty_row").starts == [11, 0, 10] and mask("empty_row").only_left_padding
+    assert mask("left").starts == [4, 0, 1] and mask("left").has_padding
+    assert mask("right").starts == [0, 0, 0] and mask("right").real_spans is not None
+    assert mask("holes").real_spans is None and mask("holes").starts == [1, 0, 0]
+    assert mask("empty_row").starts == [11, 0, 10] and mask("empty_row").real_spans is not None
     assert not mask("all_real").has_padding and mask("all_real").starts == [0, 0, 0]
     assert first_true(torch.tensor([[False, True], [False, False]])).tolist() == [1, 2]
 
