@@ -49,6 +49,8 @@ def test_a_measured_row_wins_for_its_dimension_only_and_survives_the_process(cac
         assert config("layout", META, 128, BF16) == chosen
         assert config("layout", META, 64, BF16) == before
         assert config("layout", META, 128, torch.float32) != chosen
+        with configs.as_shipped():
+            assert config("layout", META, 128, BF16) != chosen
     with launch.recording("sm80"):
         assert config("layout", META, 128, BF16) != chosen
 

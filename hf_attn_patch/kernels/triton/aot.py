@@ -26,6 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import configs
 from .launch import TARGETS, Launch, Target, interpreted, recording
 
 _TYPES = {
@@ -212,7 +213,7 @@ def compile_case(module: str, label: str, target: str) -> list[Row]:
     rows: list[Row] = []
     kernel = ""
     try:
-        with recording(target) as record:
+        with configs.as_shipped(), recording(target) as record:
             case.run()
         if not record.launches:
             raise RuntimeError("the case launches no kernel")
