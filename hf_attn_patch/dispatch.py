@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .context import FACTS
+from .context import FACTS, in_backward
 from .errors import CacheError, ModelMismatchError
 from .kernels import Result, attention
 from .kernels.ragged import RaggedKV
@@ -96,13 +96,25 @@ class Call:
     """Facts of one attention call for `Patch.edit`: where, on which heads, in which forward.
 
     layer, path, part: the site. heads: query heads to edit (None = all). tensors: the module that holds the
-    method's parameters and buffers for these heads. context: facts of the running forward.
+    method's parameters and buffers for these heads. context: facts of the running forward. training: the model trains.
     """
 
-    def __init__(self, patch: SitePatch, variant: int, context: Context | None, causal: bool):
+    def __init__(
+        self, patch: SitePatch, variant: int, context: Context | None, causal: bool, training: bool = False
+    ):
         self.layer, self.path, self.part = patch.layer, patch.path, patch.part
         self.heads, self.tensors = patch.variants[variant][0], patch.holder(variant)
         self.context, self.causal = context, causal
+        self.key, self.training = patch.entry.key, training
+
+    def add_loss(self, name: str, value: Tensor, weight: float) -> None:
+        """Add ``weight * mean over sites of value`` (0-d) to the loss of this forward; ignored unless the model trains.
+
+        A patch that calls it lists "losses" in its `needs`. A layer that runs again in backward (gradient checkpointing)
+        computes its value again, but it counts once.
+        """
+        if self.training and self.context is not None and not in_backward():
+            self.context.losses.add(f"{self.key}.{name}", self.path, value, weight)
 
 
 class PatchStack(nn.Module):
@@ -155,7 +167,7 @@ class PatchStack(nn.Module):
         program = make_program(module, query, key, value, attention_mask, kwargs)
         for patch in active:
             for variant, (_, config) in enumerate(patch.variants):
-                config.edit(program, Call(patch, variant, self.context, program.mask.causal))
+                config.edit(program, Call(patch, variant, self.context, program.mask.causal, module.training))
         if program.rules and program.mask.packed:
             raise ModelMismatchError(
                 f"{active[0].entry.config.name}: this batch packs several sequences into one row (position ids "
@@ -164,6 +176,8 @@ class PatchStack(nn.Module):
         # one forced choice wins over auto; two different forced ones were refused at patch time
         impl = next((p.entry.impl for p in active if p.entry.impl != "auto"), "auto")
         result = attention(program, impl)
+        for observer in program.observers:
+            observer(program, result.output)
         for patch in active:
             patch.last = summary(program, result)
         return result.output.transpose(1, 2).contiguous(), result.weights

@@ -14,7 +14,7 @@ Semantics, in order, for query head h, query row i, key j (reference: `kernels/r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -99,10 +99,11 @@ class MassEdit:
 
 @dataclass
 class Blend:
-    """``o = (1 - u) o + u t``: mix the head output with t = the query's own ``value`` or the ``mean_value`` of
-    the keys it may see. `amount` u: float or tensor broadcastable to [B, H, L, 1]."""
+    """``o = (1 - u) o + u t``: mix the head output with t = the query's own ``value``, the ``mean_value`` of the keys
+    it may see, or what the head gives when it reads only the keys of a `Rule` (on top of the program's rules).
+    `amount` u: float or tensor broadcastable to [B, H, L, 1]; gradients reach it."""
 
-    target: Literal["value", "mean_value"]
+    target: Literal["value", "mean_value"] | Rule
     amount: float | Tensor
     heads: Heads = None
 
@@ -125,6 +126,7 @@ class Program:
             bound: `kernels/triton/int8.py`); off by default.
         share: of the blocks that could be read, how many a dynamic rule chose (0-d tensor, for reports).
         operator: what replaces softmax attention; only "softmax" so far.
+        observers: called with (program, output [B, H, L, Dv]) when the call is done (calibration, statistics).
     """
 
     query: Tensor
@@ -148,6 +150,7 @@ class Program:
     operator: str = "softmax"
     dropout: float = 0.0
     need_weights: bool = False
+    observers: list[Callable[[Program, Tensor], None]] = field(default_factory=list)
 
     # -- shapes ---------------------------------------------------------------------------------------------
 
@@ -201,6 +204,15 @@ class Program:
             full[..., list(heads)] = gate.expand(*gate.shape[:-1], len(heads))
             gate = full
         self.head_gate = gate if self.head_gate is None else self.head_gate * gate
+
+    def reading(self, rule: Rule) -> Program:
+        """This call on the keys of `rule` only, before blends and gate: the target of a `Blend` with a rule."""
+        rules = [*self.rules, rule]
+        return replace(self, rules=rules, blends=[], head_gate=None, gate_is_sparse=False, observers=[])
+
+    def observe(self, observer: Callable[[Program, Tensor], None]) -> None:
+        """Call `observer` with this program, all edits in it, and the output [B, H, L, Dv] of the executor."""
+        self.observers.append(observer)
 
     def classify(self, key_class: Tensor) -> None:
         """Set key classes, int8 [B, S_columns]. One patch may do so per program.

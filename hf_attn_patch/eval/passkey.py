@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .task import Metric, Scores, Task, Tick, require_language_model
+from .generation import Prompt, PromptTask, check_lengths
+from .task import Metric
 
 # "pass key" would be found in the filler too: it is the documentation of a programming language, full of keys. A
 # number that is called secret is not, and the dense SmolLM2-135M then answers every item.
@@ -20,28 +21,20 @@ NEEDLE = "\n\nThe secret number is {key}. Remember it: the secret number is {key
 QUESTION = "\n\nThe secret number is"
 
 
-@dataclass(frozen=True)
-class Haystack:
-    """One prompt. ids: int64 [1, n] with n just below `length`. depth: of the needle, 0 = start, 1 = end."""
-
-    length: int
-    depth: float
-    key: str
-    ids: Any
-
-
 @dataclass
-class Passkey(Task):
+class Passkey(PromptTask):
     """Passkey retrieval.
 
     Attributes:
         lengths: prompt lengths in tokens. depths: positions of the needle as shares of the filler.
-        max_new_tokens: tokens to generate; the answer is right if the key is among the digits of them.
+        max_new_tokens: tokens to generate; the answer is right if the key is the first number in them.
+        batch_size: prompts per generate call.
     """
 
     lengths: tuple[int, ...] = (600, 1200, 2300, 4500)
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
     max_new_tokens: int = 8
+    batch_size: int = 1
 
     name: ClassVar[str] = "passkey"
     summary: ClassVar[str] = "find a number in long prose, through generate() and its KV cache"
@@ -52,18 +45,13 @@ class Passkey(Task):
             raise ValueError(f"passkey: lengths={list(self.lengths)} must be at least 64 tokens each")
         if not self.depths or not all(0.0 <= d <= 1.0 for d in self.depths):
             raise ValueError(f"passkey: depths={list(self.depths)} must lie between 0 and 1")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"passkey: max_new_tokens={self.max_new_tokens} must be at least 1")
-
-    def items(self, model: Any, processor: Any, seed: int) -> list[Haystack]:
-        require_language_model(self.name, model, processor)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(self.lengths) + self.max_new_tokens
-        if limit is not None and longest > limit:
+        if self.max_new_tokens < 1 or self.batch_size < 1:
             raise ValueError(
-                f"passkey: {max(self.lengths)} + {self.max_new_tokens} new tokens, the model has {limit} positions. "
-                f"Ask for lengths up to {limit - self.max_new_tokens}."
+                f"passkey: max_new_tokens={self.max_new_tokens} and batch_size={self.batch_size} must be at least 1"
             )
+
+    def items(self, model: Any, processor: Any, seed: int) -> list[Prompt]:
+        check_lengths(self.name, model, processor, self.lengths, self.max_new_tokens)
         from ..testbed.prose import filler_sentences
 
         sentences = filler_sentences()
@@ -84,7 +72,7 @@ class Passkey(Task):
         length: int,
         depth: float,
         draw: random.Random,
-    ) -> Haystack:
+    ) -> Prompt:
         key = str(draw.randint(10000, 99999))
         needle = NEEDLE.format(key=key)
         room = length - len(processor.encode(needle)) - len(processor.encode(QUESTION))
@@ -100,31 +88,11 @@ class Passkey(Task):
             at += 1
         cut = round(depth * len(filler))
         text = " ".join(filler[:cut]) + needle + " ".join(filler[cut:]) + QUESTION
-        return Haystack(length, depth, key, processor(text, return_tensors="pt")["input_ids"])
+        ids = tuple(processor(text)["input_ids"])
+        return Prompt(ids, (key,), self.max_new_tokens, str(length), {"length": length, "depth": depth})
 
-    def score(self, model: Any, processor: Any, items: list[Haystack], reference: Any, tick: Tick) -> Scores:
-        import torch
-
-        scores: list[float] = []
-        self.answers: list[str] = []
-        for item in items:
-            ids = item.ids.to(model.device)
-            with torch.inference_mode():
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self.max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=_pad_token(processor),
-                )
-            answer = processor.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-            self.answers.append(answer)
-            scores.append(float(is_right(answer, item.key)))
-            tick(1)
-        return {"accuracy": scores}
-
-    def groups(self, items: list[Haystack]) -> list[str]:
-        return [str(item.length) for item in items]
+    def grade(self, answer: str, prompt: Prompt) -> dict[str, float]:
+        return {"accuracy": float(is_right(answer, prompt.expected[0]))}
 
 
 def is_right(answer: str, key: str) -> bool:
@@ -136,8 +104,3 @@ def is_right(answer: str, key: str) -> bool:
         elif digits:
             break
     return digits == key
-
-
-def _pad_token(processor: Any) -> int | None:
-    pad = getattr(processor, "pad_token_id", None)
-    return pad if pad is not None else getattr(processor, "eos_token_id", None)
