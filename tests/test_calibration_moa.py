@@ -46,7 +46,9 @@ def test_influence_of_a_row_with_nearly_all_mass_on_one_key_keeps_its_digits():
     want = influence_of(score.softmax(-1), gradient)
     got = influence_of(score.float().softmax(-1), gradient.float()).double()
     naive = score.float().softmax(-1)
-    naive = naive * ((naive * gradient.float()).sum(-1, keepdim=True) - gradient.float()) / (1 - naive + 1.2e-7)
+    naive = (
+        naive * ((naive * gradient.float()).sum(-1, keepdim=True) - gradient.float()) / (1 - naive + 1.2e-7)
+    )
     assert (got - want).abs().max() < 1e-6 < (naive.double() - want).abs().max()
 
 
@@ -84,12 +86,19 @@ def test_the_search_space_is_that_of_the_original():
 def test_the_loss_of_a_rule_is_that_of_the_original():
     case = read("moa__delta_rules")[0]
     rules = plan_search.search_space(
-        [-512, -256, 0, 256, 512], [0, 0.25, 0.5, 0.75, 1.0], shortest=1024, longest=1024, extend=2048, lengths=[1024]
+        [-512, -256, 0, 256, 512],
+        [0, 0.25, 0.5, 0.75, 1.0],
+        shortest=1024,
+        longest=1024,
+        extend=2048,
+        lengths=[1024],
     )
     assert np.array_equal(rules.alphas, case["out.alpha"]) and np.array_equal(rules.betas, case["out.beta"])
     got = plan_search.losses(case["in.E_abs_block"].numpy().astype(float), rules.local[:, 0])
     np.testing.assert_allclose(got, case["out.delta_1024"].numpy(), rtol=1e-5)
-    np.testing.assert_allclose(1024 * rules.density[None, :, 0].repeat(5, 0), case["out.latency_1024"].numpy())
+    np.testing.assert_allclose(
+        1024 * rules.density[None, :, 0].repeat(5, 0), case["out.latency_1024"].numpy()
+    )
 
 
 def golden_search() -> tuple[dict, plan_search.Search]:
@@ -117,7 +126,8 @@ def test_plans_reach_the_optimum_keep_the_bounds_and_beat_or_match_the_originals
     feasible = [
         p
         for p in feasible
-        if (search.densities(p) <= search.upper + 1e-6).all() and (search.densities(p) >= search.lower - 1e-6).all()
+        if (search.densities(p) <= search.upper + 1e-6).all()
+        and (search.densities(p) >= search.lower - 1e-6).all()
     ]
     assert len(feasible) == int(case["out.num_feasible"])
     true_front = {tuple(np.round(p.objectives, 6)) for p in plan_search.undominated(feasible)}

@@ -21,6 +21,7 @@ def calibrate(
     tokenizer: Any = None,
     data: Any = None,
     out: str | Path | None = None,
+    work: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Calibration:
@@ -31,8 +32,9 @@ def calibrate(
             configured object. tokenizer: of the model.
         data: what to calibrate on: a path to JSONL (``prompt`` and ``answer``) or text, a list of such records, or
             None = needles in prose, generated for this tokenizer (see `calibration.data`).
-        out: file to write the plan to; finished pieces of work are kept beside it, in ``<out>.work``, so that a
-            calibration that was interrupted goes on where it stopped. progress: called as (step, done, in all).
+        out: file to write the plan to. work: folder for finished pieces, from which an interrupted calibration goes
+            on (default ``<out>.work``); several goals (densities of `moa`) may share one.
+        progress: called as (step, done, in all).
         options: fields of the calibrator.
 
     Raises:
@@ -42,7 +44,7 @@ def calibrate(
     from . import calibrator as base
 
     job = base.build(name, options)
-    return base.run(job, model, tokenizer, data=data, out=out, progress=progress)
+    return base.run(job, model, tokenizer, data=data, out=out, work=work, progress=progress)
 
 
 def available() -> dict[str, Any]:

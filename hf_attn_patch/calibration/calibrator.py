@@ -77,6 +77,7 @@ class Calibrator:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     patch: ClassVar[str] = ""
+    shared: ClassVar[tuple[str, ...] | None] = None
 
     def validate(self) -> None:
         """Check values that need no model. Raises `CalibrationError`."""
@@ -239,6 +240,7 @@ def run(
     *,
     data: Any = None,
     out: str | Path | None = None,
+    work: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """`hap.calibrate` for a ready calibrator."""
@@ -250,11 +252,11 @@ def run(
             f"{job.name}: the model is patched ({active(model)[0]}), so a calibration would describe the patch. Remove "
             "it first (hap.unpatch), calibrate, patch again"
         )
-    folder = None if out is None else Path(f"{out}.work")
-    work = Work(folder, identity(job, base_model(model), data) if folder is not None else None)
+    folder = Path(work) if work is not None else None if out is None else Path(f"{out}.work")
+    pieces = Work(folder, identity(job, base_model(model), data) if folder is not None else None)
     started = time.perf_counter()
     with as_it_is(model):
-        found = job.calibrate(model, tokenizer, data, work, progress or _silent)
+        found = job.calibrate(model, tokenizer, data, pieces, progress or _silent)
     found.seconds = time.perf_counter() - started
     if out is not None:
         found.save(out)
@@ -272,6 +274,8 @@ def identity(job: Calibrator, model: Any, data: Any) -> dict[str, Any]:
     else:
         text = None if data is None else hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()
     options = json.loads(json.dumps(asdict(job), default=str))  # type: ignore[call-overload]
+    if job.shared is not None:
+        options = {name: options[name] for name in job.shared}
     return {
         "calibrator": job.name,
         "options": options,

@@ -1,4 +1,4 @@
-"""Look at the attention calls of a model while it runs: a patch that edits nothing and shows each call to a function."""
+"""Look at the attention calls of a model while it runs: a patch that edits nothing and shows each call."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ def check_lengths(who: str, model: Any, lengths: Sequence[int]) -> list[str]:
     if limit is None or max(lengths) <= limit:
         return []
     if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
-        return [f"length {max(lengths)} is beyond the {limit} positions this model was made for (RoPE goes on)"]
+        return [
+            f"length {max(lengths)} is beyond the {limit} positions this model was made for (RoPE goes on)"
+        ]
     raise CalibrationError(f"{who}: length {max(lengths)} asked for, the model has {limit} positions")
 
 
@@ -90,9 +92,7 @@ def prose(tokenizer: Any, length: int, seed: int, answer: float = 0.5) -> Sample
     return Sample(ids, length - max(int(length * answer), 1), "prose")
 
 
-def synthetic(
-    tokenizer: Any, length: int, count: int, seed: int = 0, needles: float = 0.5
-) -> list[Sample]:
+def synthetic(tokenizer: Any, length: int, count: int, seed: int = 0, needles: float = 0.5) -> list[Sample]:
     """`count` samples of one length, the share `needles` of them needles, spread over depths."""
     hidden = round(count * needles)
     depths = [(i + 0.5) / max(hidden, 1) for i in range(hidden)]
@@ -135,7 +135,15 @@ def records(data: Any) -> list[dict[str, Any]]:
 
 
 def samples(
-    data: Any, model: Any, tokenizer: Any, length: int, count: int, *, answers: str, seed: int = 0, new: int = 32
+    data: Any,
+    model: Any,
+    tokenizer: Any,
+    length: int,
+    count: int,
+    *,
+    answers: str,
+    seed: int = 0,
+    new: int = 32,
 ) -> list[Sample]:
     """`count` samples of at most `length` tokens.
 
@@ -187,6 +195,10 @@ def own_answer(model: Any, tokenizer: Any, prompt: Tensor, new: int) -> Tensor:
     ids = prompt[None].to(model.device)
     pad = getattr(tokenizer, "pad_token_id", None) or getattr(tokenizer, "eos_token_id", None)
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=pad
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=pad,
     )
     return out[0, len(prompt) :].cpu()

@@ -33,7 +33,11 @@ def influence_of(probability: Tensor, gradient: Tensor) -> Tensor:
     largest, own = probability.gather(-1, top), gradient.gather(-1, top)
     others = probability.scatter(-1, top, 0.0)
     rest = others.sum(-1, keepdim=True)
-    exact = largest * ((others * gradient).sum(-1, keepdim=True) - own * rest) / rest.clamp(min=torch.finfo(rest.dtype).tiny)
+    exact = (
+        largest
+        * ((others * gradient).sum(-1, keepdim=True) - own * rest)
+        / rest.clamp(min=torch.finfo(rest.dtype).tiny)
+    )
     exact = torch.where(rest > 0, exact, -own * largest)
     return effect.scatter(-1, top, exact)
 
@@ -53,7 +57,13 @@ def influence(
 
 
 def block_influence(
-    query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, scale: float, block: int = 64, rows: int = 256
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    scale: float,
+    block: int = 64,
+    rows: int = 64,
 ) -> Tensor:
     """Sums of |E| over blocks of a causal call without padding: float32 [H, nb, nb], nb = ceil(L / block).
 
@@ -130,7 +140,7 @@ def _profile_one(model: Any, sample: Sample, block: int) -> list[Tensor]:
                 f"the gradient of layer {layer} is not finite on {sample}; calibrate in float32 (--dtype float32)"
             )
         one = [t[0].float() for t in (query, key, value, gradient)]
-        found.append(block_influence(*one, scale, block).cpu())
+        found.append(block_influence(one[0], one[1], one[2], one[3], scale, block).cpu())
     return found
 
 
@@ -145,7 +155,9 @@ def answer_loss(model: Any, sample: Sample) -> Tensor:
     keep = len(sample) - sample.start + 1
     logits = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep).logits[0]
     logits = logits[-keep:-1]  # models that know no logits_to_keep give all
-    loss = F.cross_entropy(logits.float(), ids[0, sample.start :])
+    loss = F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[0, sample.start :]
+    )
     if not torch.isfinite(loss):
         raise ValueError(f"the loss of {sample} is {float(loss)}; calibrate in float32 (--dtype float32)")
     return loss

@@ -1,9 +1,10 @@
 """Which rule (alpha, beta) for which KV head: the search of MoA as integer programs, solved by HiGHS.
 
-Source: MoA, arXiv 2406.14909 (thu-nics/MoA e224fe3, READ and RAN), whose solver is Gurobi. A rule reads one sink block
-and, of query block m, the key blocks ``m - n < n_local`` with ``n_local = max(int(floor(alpha / block) + beta nb), 1)``;
-its cost at a length is ``min(n_local + 1, nb) / nb``, its loss there the influence of the blocks it does not read. Heads
-get one rule each, at most two rules per layer, and the mean cost stays within [lower, 1] of a bound at every length.
+Source: MoA, arXiv 2406.14909 (thu-nics/MoA e224fe3, READ and RAN), whose solver is Gurobi. A rule reads one sink
+block and, of query block m, the key blocks ``m - n < n_local``, where
+``n_local = max(int(floor(alpha / block) + beta nb), 1)``. Its cost at a length is ``min(n_local + 1, nb) / nb``, its
+loss there the influence of the blocks it does not read. Heads get one rule each, at most two rules per layer, and the
+mean cost stays within [lower, 1] of a bound at every length.
 The losses at the lengths are objectives of their own: each is minimised alone for its range, then every one with the
 others held inside each cell of a grid over their ranges; what no other plan beats is the Pareto set.
 """
@@ -43,7 +44,9 @@ class RuleSet:
     def take(self, index: Sequence[int]) -> RuleSet:
         """The rules at `index`."""
         i = list(index)
-        return RuleSet(self.alphas[i], self.betas[i], self.lengths, self.block, self.local[i], self.density[i])
+        return RuleSet(
+            self.alphas[i], self.betas[i], self.lengths, self.block, self.local[i], self.density[i]
+        )
 
 
 def local_blocks(alphas: np.ndarray, betas: np.ndarray, length: int, block: int) -> np.ndarray:
@@ -158,11 +161,18 @@ class Search:
             (np.ones(choices), (x, choices + layer * self.rules + rule)), (choices, choices + used)
         )
         y = np.arange(used)
-        few = sparse.csr_matrix((np.ones(used), (y // self.rules, choices + y)), (self.layers, choices + used))
+        few = sparse.csr_matrix(
+            (np.ones(used), (y // self.rules, choices + y)), (self.layers, choices + used)
+        )
         dense = np.zeros((len(self.cost), choices + used))
         dense[:, :choices] = self.cost.reshape(len(self.cost), -1) / heads
         self.matrix = [one, link, few, sparse.csr_matrix(dense)]
-        self.low = [np.ones(heads), np.full(choices, -np.inf), np.full(self.layers, -np.inf), self.lower - 1e-9]
+        self.low = [
+            np.ones(heads),
+            np.full(choices, -np.inf),
+            np.full(self.layers, -np.inf),
+            self.lower - 1e-9,
+        ]
         self.high = [
             np.ones(heads),
             np.zeros(choices),
@@ -197,7 +207,9 @@ class Search:
 
     def plan(self, rules: np.ndarray) -> Plan:
         """A plan with its losses."""
-        chosen = np.take_along_axis(self.loss, np.broadcast_to(rules[None, ..., None], (self.objectives, *rules.shape, 1)), -1)
+        chosen = np.take_along_axis(
+            self.loss, np.broadcast_to(rules[None, ..., None], (self.objectives, *rules.shape, 1)), -1
+        )
         return Plan(rules, tuple(float(v) for v in chosen.sum((1, 2, 3))))
 
     def densities(self, plan: Plan) -> np.ndarray:
@@ -205,7 +217,9 @@ class Search:
         index = np.broadcast_to(plan.rules[None, ..., None], (len(self.cost), *plan.rules.shape, 1))
         return np.take_along_axis(self.cost, index, -1).mean((1, 2, 3))
 
-    def pareto(self, intervals: int = 4, tick: Callable[[int, int], None] = lambda done, total: None) -> list[Plan]:
+    def pareto(
+        self, intervals: int = 4, tick: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[Plan]:
         """Plans that no other found plan beats, sorted by their losses.
 
         Raises:
@@ -252,12 +266,19 @@ class Search:
                     objective,
                     integrality=np.zeros(self.columns),
                     bounds=Bounds(0, 1),
-                    constraints=[LinearConstraint(m, a, b) for m, a, b in list(zip(self.matrix, self.low, self.high))[:3]],
+                    constraints=[
+                        LinearConstraint(m, a, b)
+                        for m, a, b in list(zip(self.matrix, self.low, self.high))[:3]
+                    ],
                 )
                 reach.append(sign * best.fun / (self.layers * self.heads))
-            rows.append(f"bound {i}: asked {low:.3f} to {high:.3f}, the rules reach {reach[0]:.3f} to {reach[1]:.3f}")
+            rows.append(
+                f"bound {i}: asked {low:.3f} to {high:.3f}, the rules reach {reach[0]:.3f} to {reach[1]:.3f}"
+            )
         return (
-            "no choice of rules meets the density bounds at all lengths together (" + "; ".join(rows) + "). Take a bound "
+            "no choice of rules meets the density bounds at all lengths together ("
+            + "; ".join(rows)
+            + "). Take a bound "
             "inside these ranges, a smaller lower_ratio, or more alphas and betas"
         )
 
@@ -267,7 +288,8 @@ def undominated(plans: Sequence[Plan]) -> list[Plan]:
     kept: dict[tuple[float, ...], Plan] = {}
     for plan in plans:
         if any(
-            all(o <= p for o, p in zip(other.objectives, plan.objectives)) and other.objectives != plan.objectives
+            all(o <= p for o, p in zip(other.objectives, plan.objectives))
+            and other.objectives != plan.objectives
             for other in plans
         ):
             continue

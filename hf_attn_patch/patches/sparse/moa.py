@@ -122,6 +122,11 @@ class MoA(Patch):
                 f"moa: plan has {len(self._table)} layers, the model has {layers} (text part). "
                 "Calibrate a plan for this model, or pass the one that belongs to it"
             )
+        made_for = self.plan.get("model") if isinstance(self.plan, dict) else None
+        name = getattr(model.config, "_name_or_path", "") or ""
+        tail = lambda path: str(path).rstrip("/").split("/")[-1]
+        if made_for and name and tail(made_for) != tail(name):
+            return [f"the plan was made for {made_for}, this model is {name}"]
         return []
 
     def check(self, site: Site) -> None:
