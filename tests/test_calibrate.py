@@ -218,6 +218,20 @@ def test_the_gradient_score_is_the_derivative_by_a_gate_on_the_head(small):
     assert abs(losses[1] - losses[0]) / (2 * step) == pytest.approx(best["score"], rel=1e-2)
 
 
+def test_the_window_loss_is_that_of_closing_one_kv_head(small):
+    model, tokenizer = small
+    options = dict(objective="window_loss", kind="kv", lengths=(512,), samples=1, answers="given")
+    made = hap.calibrate(model, "head_scores", tokenizer=tokenizer, **options)
+    sample = samples(None, model, tokenizer, 512, 1, answers="given")[0]
+    best = made.plan["heads"][0]
+    with torch.no_grad():
+        dense = float(influence.answer_loss(model, sample))
+        group = [2 * best["head"], 2 * best["head"] + 1]
+        with hap.patched(model, "streaming", layers=[best["layer"]], heads=group, sinks=4, window=256):
+            closed = float(influence.answer_loss(model, sample))
+    assert best["score"] == pytest.approx(closed - dense, rel=1e-3) and best["score"] > 0
+
+
 def test_the_command_line_writes_plan_report_and_pictures(tmp_path, capsys, small, monkeypatch):
     from hf_attn_patch import cli
     from hf_attn_patch.cli import models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,8 @@ class HeadScores(Calibrator):
         ``needle_mass``: probability on those places, mean over the answer's tokens (a softer retrieval score).
         ``gradient``: ``E |sum_i o_i . dLoss/do_i|``, the gradient of the loss of the answers by a gate on the head's
             output at 1. Source: Are Sixteen Heads Really Better than One?, arXiv 1905.10650 (from memory, UNVERIFIED).
+        ``window_loss``: how much the loss of the answers grows when one KV head alone reads 4 sinks and the last 256
+            keys, all others everything (leave one out; always of KV heads). Ours, as a plain yardstick.
         ``image_mass``: probability on image tokens, mean over the last rows of the prompt. Needs `data`: a list of
             keyword arguments for the model's forward (``input_ids``, ``pixel_values``, …, as a processor makes them).
 
@@ -40,7 +43,7 @@ class HeadScores(Calibrator):
     summary = "which heads retrieve, matter for the loss, or look at the image: a head set"
     patch = "retrieval_mask"
 
-    objective: Literal["retrieval", "needle_mass", "gradient", "image_mass"] = "retrieval"
+    objective: Literal["retrieval", "needle_mass", "gradient", "window_loss", "image_mass"] = "retrieval"
     kind: Literal["q", "kv"] = "q"
     lengths: tuple[int, ...] = (600, 1200)
     samples: int = 6
@@ -56,6 +59,8 @@ class HeadScores(Calibrator):
         self.require(self.top is None or self.top >= 1, "top", "at least 1, or None for all heads")
         for name, choices in (("objective", OBJECTIVES), ("kind", ("q", "kv"))):
             self.require(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
+        if self.objective == "window_loss":
+            self.require(self.kind == "kv", "kind", "kv for objective=window_loss, which closes KV heads")
 
     def calibrate(self, model: Any, tokenizer: Any, data: Any, work: Work, progress: Progress) -> Calibration:
         report: dict[str, Any] = {"objective": self.objective}
@@ -66,15 +71,18 @@ class HeadScores(Calibrator):
                 raise CalibrationError(f"{self.name}: needs the tokenizer of the model (tokenizer=)")
             report["notes"] = check_lengths(self.name, model, self.lengths)
             chosen = self._samples(data, model, tokenizer)
-            one = {"retrieval": _retrieval, "needle_mass": _needle_mass, "gradient": _gradient}[
-                self.objective
-            ]
+            one = {
+                "retrieval": _retrieval,
+                "needle_mass": _needle_mass,
+                "gradient": _gradient,
+                "window_loss": _window_loss,
+            }[self.objective]
             found = []
             for done, sample in enumerate(chosen):
                 progress(self.objective, done, len(chosen))
-                made = one(model, sample)
-                if made is not None:
-                    found.append(made)
+                kept = work.json(f"sample-{done}", functools.partial(_plain, one, model, sample))
+                if kept is not None:
+                    found.append(np.array(kept))
             progress(self.objective, len(chosen), len(chosen))
             report.update(samples=len(chosen), counted=len(found))
             if not found:
@@ -98,7 +106,7 @@ class HeadScores(Calibrator):
         )
 
     def _samples(self, data: Any, model: Any, tokenizer: Any) -> list[Sample]:
-        if self.objective == "gradient":
+        if self.objective in ("gradient", "window_loss"):
             return [
                 s
                 for i, n in enumerate(self.lengths)
@@ -119,7 +127,7 @@ class HeadScores(Calibrator):
 
     def _head_set(self, scores: np.ndarray, model: Any) -> dict[str, Any]:
         """scores: [layers, H] -> head-set JSON, best first."""
-        if self.kind == "kv":
+        if self.kind == "kv" and self.objective != "window_loss":
             from .moa import shape_of
 
             scores = scores.reshape(len(scores), shape_of(model, self.name)[1], -1).mean(-1)
@@ -136,7 +144,7 @@ class HeadScores(Calibrator):
         return {"model": name, "objective": self.objective, "kind": self.kind, "heads": heads}
 
 
-OBJECTIVES = ("retrieval", "needle_mass", "gradient", "image_mass")
+OBJECTIVES = ("retrieval", "needle_mass", "gradient", "window_loss", "image_mass")
 
 
 def _last_rows(model: Any, rows: int, **inputs: Any) -> tuple[list[Tensor], Any]:
@@ -208,6 +216,28 @@ def _gradient(model: Any, sample: Sample) -> np.ndarray:
         assert output.grad is not None
         found.append((output.detach() * output.grad).float().sum((0, 2, 3)).abs())
     return torch.stack(found).cpu().numpy().astype(np.float64)
+
+
+def _window_loss(model: Any, sample: Sample) -> np.ndarray:
+    from ..api import patched
+    from .influence import answer_loss
+    from .moa import shape_of
+
+    layers, kv_heads = shape_of(model, "head_scores")
+    found = np.zeros((layers, kv_heads))
+    with torch.inference_mode():
+        dense = float(answer_loss(model, sample))
+        for layer, head in np.ndindex(layers, kv_heads):
+            alphas = np.ones((layers, kv_heads))
+            alphas[layer, head] = 0.0
+            with patched(model, "duo", alphas=alphas.tolist(), threshold=0.5, sinks=4, window=256):
+                found[layer, head] = float(answer_loss(model, sample)) - dense
+    return found
+
+
+def _plain(one: Any, model: Any, sample: Sample) -> Any:
+    made = one(model, sample)
+    return None if made is None else made.tolist()
 
 
 def _image_mass(model: Any, data: Any, progress: Progress) -> np.ndarray:
