@@ -1,6 +1,7 @@
 # make demo   the main job: real models, dense beside patched, and the undo proof (first run fetches two wheels)
 # make test   lint, types, all tests          make bench  numbers under benchmarks/results/
 # make aot    compile all Triton kernels for four GPU targets, write docs/kernels.md      make gpu-check  on a GPU: gate + numbers
+# make plans  calibrate SmolLM2 (plans under benchmarks/plans)      make frontier  quality against density of all methods
 # make docs   regenerate docs/coverage.md and the method list of the README
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench docs aot gpu-check testbed install clean
+.PHONY: demo test lint bench plans frontier docs aot gpu-check testbed install clean
 
 install: $(STAMP)
 
@@ -44,6 +45,20 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_model.py --out benchmarks/results/model-cpu.csv
 	$(BIN)/hf-attn-patch eval passkey --model testbed:smollm2 --patch streaming:sinks=4,window=256 \
 		--patch moa:plan=hf_attn_patch/patches/plans/smollm2-demo.json --out benchmarks/results/passkey-smollm2
+
+# plans of SmolLM2 by calibration (about 40 minutes on 2 cores; interrupted, it goes on where it stopped)
+plans: $(STAMP)
+	mkdir -p benchmarks/plans
+	for density in 50 30 25 20; do $(BIN)/hf-attn-patch calibrate moa:density=0.$$density --model testbed:smollm2 \
+		-o benchmarks/plans/smollm2-moa-$$density.json --work runs/calibration-moa || exit 1; done
+	$(BIN)/hf-attn-patch calibrate head_scores:objective=window_loss,kind=kv,lengths=[900],samples=4 \
+		--model testbed:smollm2 -o benchmarks/plans/smollm2-window-loss.json --work runs/calibration-window-loss
+	$(BIN)/hf-attn-patch calibrate duo --model testbed:smollm2 -o benchmarks/plans/smollm2-duo.json \
+		--work runs/calibration-duo
+
+# quality against density of all methods with those plans: benchmarks/results/frontier-smollm2
+frontier: $(STAMP)
+	$(BIN)/python benchmarks/frontier.py
 
 docs: $(STAMP)
 	$(BIN)/python scripts/coverage.py

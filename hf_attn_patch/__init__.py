@@ -28,6 +28,8 @@ _PUBLIC = {
     "register_patch": "registry",
     "Patch": "registry",
     "PatchError": "errors",
+    "aux_losses": "losses",
+    "calibrate": "calibration",
     "find_sites": "sites",
     "Site": "sites",
 }
@@ -38,7 +40,9 @@ __all__ = [
     "Site",
     "__version__",
     "active",
+    "aux_losses",
     "available",
+    "calibrate",
     "find_sites",
     "load",
     "patch",
@@ -51,7 +55,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .api import PatchHandle, active, load, patch, patched, plan, prompt, unpatch
+    from .calibration import calibrate
     from .errors import PatchError
+    from .losses import aux_losses
     from .registry import Patch, available, register_patch
     from .sites import Site, find_sites
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import inside
 from .errors import CacheError, PatchError
+from .losses import Losses
 from .sites import layer_module
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ FACTS = "attn_patch_facts"  # keyword argument that carries facts through a chec
 NEEDS = {
     "image_keys": "which keys are image tokens (from input_ids)",
     "layer_input": "hidden states entering the layer",
+    "attention_input": "hidden states entering the attention module",
+    "query_before_norm": "queries before the model normalises them",
+    "losses": "auxiliary losses, added to the loss of a forward in training mode",
     "grid": "patch grid of the image or video (from pixel_values)",
     "prompt": "length of the prompt",
     "cache": "KV cache layers with a span per KV head",
@@ -76,11 +81,13 @@ class Context:
         self._notes: dict[str, list[dict[str, Any]]] = {}
         self._recomputed: set[str] = set()
         self._depth = 0
+        self.losses = Losses()  # of the last forward: they are read after it
         self._reset()
 
     def _reset(self) -> None:
         self._forward: dict[str, Any] = {}
         self._inputs: dict[str, Tensor] = {}
+        self.inside: dict[str, dict[str, Tensor]] = {}
         self.cache: Any = None
         self.override: dict[str, Any] = {}
         self.output_attentions: bool | None = None
@@ -91,9 +98,10 @@ class Context:
 
     def __getstate__(self) -> dict[str, Any]:  # copies start with an empty memory: their caches are others
         state = dict(self.__dict__)
-        for name in ("_forward", "_inputs", "_notes"):
+        for name in ("_forward", "_inputs", "_notes", "inside"):
             state[name] = {}
         state["cache"] = None
+        state["losses"] = Losses()  # tensors with a graph cannot be copied
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,6 +144,21 @@ class Context:
             )
         return self._inputs[path]
 
+    def attention_input(self, path: str) -> Tensor:
+        """Hidden states [B, L, C] that entered the attention module at `path` (normalised where the layer does so)."""
+        found = self.inside.get(path, {}).get("input")
+        if found is None:
+            raise PatchError(
+                f"{path} got no hidden states as first argument or by name, so nothing can be routed by them; exclude "
+                "this layer with layers=..., or use a router that reads the queries"
+            )
+        return found
+
+    def query_before_norm(self, path: str, heads: int, length: int) -> Tensor | None:
+        """Queries [B, L, H, D] before the model's own normalisation; None where it does not normalise them."""
+        found = self.inside.get(path, {}).get("query")
+        return None if found is None else inside.by_head(found, heads, length)
+
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def install(self, model: nn.Module, needs: set[str], paths: list[str], span_owner: Any) -> None:
@@ -156,6 +179,9 @@ class Context:
         for module in owners.values():
             self.handles.append(module.register_forward_pre_hook(self.before_model, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
+        if needs & {"attention_input", "query_before_norm"}:
+            for path in paths:
+                self.handles += inside.install(self, model, path)
         if needs & {"layer_input", "image_keys", "grid", "prompt"}:
             for path in paths:
                 hook = _LayerInput(self, path, model)
@@ -175,6 +201,7 @@ class Context:
         given = {**dict(zip(names, args)), **kwargs}
         if self._depth == 0:
             self._reset()
+            self.losses = Losses(given)
             self.override = self._said
         self._depth += 1
         if given.get("output_attentions") is not None:
@@ -223,11 +250,13 @@ class Context:
         self.cache = cache
         self.memory.update({k: v for k, v in learnt.items() if k not in ("seen", "images_done")})
 
-    def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+    def after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._adopt(getattr(output, "past_key_values", None))
         self._depth = max(self._depth - 1, 0)
-        if self._depth == 0:
-            self._reset()
+        if self._depth:
+            return None
+        self._reset()
+        return self.losses.added_to(output)
 
     def facts(self, path: str) -> dict[str, Any]:
         """Facts of the running forward for the layer at `path`: gradient checkpointing runs the layer again during
@@ -249,7 +278,7 @@ class Context:
         Raises:
             PatchError: the layer did not hand its facts on, and several forwards wait for their backward.
         """
-        if self._depth or path not in self._notes or not _in_backward():
+        if self._depth or path not in self._notes or not in_backward():
             return
         self._recomputed.add(path)
         if facts is None:
@@ -341,7 +370,7 @@ class _LayerInput:
         return args, {**kwargs, FACTS: facts}
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """True while autograd runs, which is when checkpointed layers are recomputed."""
     return torch._C._current_graph_task_id() != -1
 

@@ -41,6 +41,7 @@ _KNOWN_KWARGS = {
     "output_hidden_states", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic", "cache",
     "softcap", "s_aux", "position_bias", "position_embeddings", "past_key_values", "cache_position", "layer_idx",
     "attention_mask", "token_type_ids", "mm_token_type_ids", "return_dict", "logits_to_keep", "head_mask",
+    "num_items_in_batch", "shift_labels",  # for the loss: Trainer gives them to the model, which hands everything on
 }  # fmt: skip
 
 
@@ -110,7 +111,7 @@ class Call:
     def add_loss(self, name: str, value: Tensor, weight: float) -> None:
         """Add ``weight * mean over sites of value`` (0-d) to the loss of this forward; ignored unless the model trains.
 
-        A patch that calls it lists "losses" in its `needs`. A layer that runs again in backward (gradient checkpointing)
+        A patch that calls it lists "losses" in its `needs`. A layer that runs again in backward (checkpointing)
         computes its value again, but it counts once.
         """
         if self.training and self.context is not None and not in_backward():

@@ -201,7 +201,7 @@ def test_the_record_says_everything_and_is_json(tmp_path):
     assert record["schema_version"] == 1
     assert record["task"] == {
         "name": "perplexity",
-        "config": {"tokens": 160, "context": 160, "stride": None, "chunk": 20, "text": None},
+        "config": {"tokens": 160, "context": 160, "stride": None, "chunk": 20, "text": None, "answers": None},
     }
     assert record["seed"] == 3 and record["command"] == "a command" and record["compare"] == "dense"
     assert record["model"]["class"] == "LlamaForCausalLM" and record["model"]["dtype"] == "float32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 
 import numpy as np
@@ -73,9 +74,48 @@ def test_perplexity_reads_a_file(tmp_path):
         Perplexity(tokens=91, context=91, text=str(tmp_path / "text.txt")).items(Uniform(), Characters(), 0)
 
 
+def test_perplexity_of_answers_counts_answers_only(tmp_path):
+    model, tokenizer = language_model()
+    pairs = [("What is it?", " A cat."), ("And why is that so?", " Because of the night.")]
+    file = tmp_path / "replies.jsonl"
+    file.write_text("\n\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in pairs))
+    task = Perplexity(answers=str(file), context=100)
+    items = task.items(model, tokenizer, 0)
+    scores = task.score(model, tokenizer, items, None, NOTHING)["perplexity"]
+    for (prompt, answer), score in zip(pairs, scores):
+        ids = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100  # one token per character
+        with torch.no_grad():
+            assert score == pytest.approx(model(ids, labels=labels).loss.item(), rel=1e-4)
+    assert task.weights(items) == [len(a) for _, a in pairs]
+    assert task.batches(items) == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"prompt": "a"}', "line 1 is not"),
+        ('{"prompt": "a", "answer": "b"}\n[1]', "line 2 is not"),
+        ('{"prompt": "a", "answer": 3}', "must be texts"),
+        ('{"prompt": "a", "answer": ""}', "line 1: the answer has no tokens"),
+        ('{"prompt": "aaaaaaaaaa", "answer": "b"}', "line 1 has 11 tokens, context=10"),
+        ("", "has no lines"),
+    ],
+)
+def test_replies_that_cannot_be_used_name_their_line(tmp_path, text, words):
+    file = tmp_path / "replies.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        Perplexity(answers=str(file), context=10).items(Uniform(), Characters(), 0)
+    with pytest.raises(ValueError, match="is not a file"):
+        Perplexity(answers=str(tmp_path / "none")).items(Uniform(), Characters(), 0)
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
+        (lambda: Perplexity(text="a", answers="b"), "give one of them"),
         (lambda: Perplexity(tokens=1), "at least 2"),
         (lambda: Perplexity(context=8, stride=9), "stride=9 must be between 1 and context=8"),
         (lambda: Passkey(lengths=(10,)), "at least 64"),
@@ -92,17 +132,16 @@ def test_options_out_of_range_are_refused(make, words):
 
 def test_passkey_prompts_have_their_length_and_hide_the_key_at_the_right_depth():
     items = Passkey(lengths=(400, 900), depths=(0.0, 0.5, 1.0)).items(Uniform(), Characters(), 0)
-    assert len({i.key for i in items}) == len(items)
+    assert len({i.expected for i in items}) == len(items)
     for item in items:
-        text = Characters().decode(item.ids[0])
-        assert item.length - 210 < len(text) <= item.length + 2
-        assert text.count(item.key) == 2 and text.endswith("The secret number is")
-        where = text.index(item.key) / len(text)
-        assert abs(where - item.depth) < 0.35
+        text, key, length = Characters().decode(item.ids), item.expected[0], item.facts["length"]
+        assert length - 210 < len(text) <= length + 2
+        assert text.count(key) == 2 and text.endswith("The secret number is")
+        assert abs(text.index(key) / len(text) - item.facts["depth"]) < 0.35
 
 
 def test_passkey_is_the_same_for_a_seed_and_another_for_another():
-    make = lambda seed: [i.key for i in Passkey(lengths=(400,)).items(Uniform(), Characters(), seed)]
+    make = lambda seed: [i.expected for i in Passkey(lengths=(400,)).items(Uniform(), Characters(), seed)]
     assert make(0) == make(0) != make(1)
 
 

@@ -178,6 +178,10 @@ _BUILTIN = (
           "spans per KV head by gradient influence and integer programming"),
     Entry("head_scores", "hf_attn_patch.calibration.head_scores:HeadScores",
           "which heads retrieve, matter for the loss, or look at the image: a head set"),
+    Entry("duo", "hf_attn_patch.calibration.duo:DuoCalibrator",
+          "gates per KV head trained on passkeys: retrieval heads and streaming heads"),
+    Entry("vertical_slash", "hf_attn_patch.calibration.vertical_slash:VerticalSlashCalibrator",
+          "columns and diagonals per query head by recall of the attention mass"),
 )  # fmt: skip
 
 

@@ -94,8 +94,8 @@ def prose(tokenizer: Any, length: int, seed: int, answer: float = 0.5) -> Sample
 
 def synthetic(tokenizer: Any, length: int, count: int, seed: int = 0, needles: float = 0.5) -> list[Sample]:
     """`count` samples of one length, the share `needles` of them needles, spread over depths."""
-    hidden = round(count * needles)
-    depths = [(i + 0.5) / max(hidden, 1) for i in range(hidden)]
+    hidden = max(round(count * needles), 1) if needles else 0
+    depths = [0.08 + 0.6 * i / max(hidden, 1) for i in range(hidden)]
     found = [needle(tokenizer, length, d, seed * 1000 + i) for i, d in enumerate(depths)]
     return found + [prose(tokenizer, length, seed * 1000 + 500 + i) for i in range(count - hidden)]
 

@@ -29,7 +29,8 @@ class MoaCalibrator(Calibrator):
     Differs from the original code: rules are chosen per KV head (influence summed over its query heads) because a KV
     head is evicted once for its group; plans are written with the sink block inside alpha, so that the runtime reads
     what the search counted; HiGHS instead of Gurobi; the influence of each sample is scaled to sum 1 before samples are
-    averaged, because a one-word answer has gradients many times those of a page of prose (`balance`).
+    averaged, because a one-word answer has gradients many times those of a page of prose (`balance`); two intervals per
+    objective instead of four (`intervals`: 15 programs instead of 51).
     """
 
     name = "moa"
@@ -39,14 +40,14 @@ class MoaCalibrator(Calibrator):
 
     density: float = 0.5
     lengths: tuple[int, ...] = (1024, 2048, 4096)
-    samples: tuple[int, ...] = (8, 6, 4)
+    samples: tuple[int, ...] = (6, 4, 2)
     extend: int | None = None
     validate_length: int | None = None
     validate_samples: int = 4
     validate_plans: int = 4
     lower_ratio: float = 0.9
     per_layer: int = 2
-    intervals: int = 4
+    intervals: int = 2
     alphas: tuple[float, ...] | None = None
     betas: tuple[float, ...] | None = None
     block: int = 64

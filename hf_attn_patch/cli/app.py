@@ -192,47 +192,6 @@ def plan(
         out.print(escape(str(made)), soft_wrap=True)
 
 
-@app.command("eval")
-def evaluate(
-    task: Annotated[
-        str, typer.Argument(metavar="TASK", help="perplexity, passkey, agreement, knn, or TASK:key=value,…")
-    ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="hub id, local folder, testbed:NAME or tiny:FAMILY")
-    ],
-    patch: Annotated[
-        list[str] | None,
-        typer.Option("--patch", "-p", metavar="NAME:key=value,…", help="patch to measure (repeatable)"),
-    ] = None,
-    compare: Annotated[
-        str, typer.Option(help="what differences are taken from: dense, or the label of a patch")
-    ] = "dense",
-    limit: Annotated[int | None, typer.Option(help="only the first N items")] = None,
-    seed: Annotated[int, typer.Option(help="seed of items and intervals")] = 0,
-    dtype: Dtype = "float32",
-    folder: Annotated[Path | None, typer.Option("--out", help="write result.json into this folder")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a model dense and patched, on the same items, with 95 % intervals of the differences."""
-    from ..eval.harness import resolve, run
-    from ..eval.specs import parse_task_spec
-    from .models import load_model
-    from .progress import variant_progress
-
-    job, choices = parse_task_spec(task), list(patch or [])
-    resolve(choices)  # a typo should not cost the loading of a model
-    loaded, processor = load_model(model, dtype)
-    with variant_progress(job.name, quiet=as_json) as progress:
-        result = run(job, loaded, processor, patches=choices, compare=compare, limit=limit, seed=seed, out=folder,
-                     progress=progress)  # fmt: skip
-    if as_json:
-        typer.echo(result.to_json())
-        return
-    out.print(result)
-    if folder is not None:
-        out.print(f"[dim]written: {folder / 'result.json'}[/dim]")
-
-
 @app.command()
 def tasks(as_json: AsJson = False) -> None:
     """List the evaluation tasks and their options."""
@@ -317,3 +276,8 @@ def demo(
     from .demo import run_demo
 
     raise typer.Exit(run_demo(folder, quick=quick, only=only, seed=seed))
+
+
+from . import calibrate as _calibrate  # noqa: E402, F401  registers its command
+from . import evaluate as _evaluate  # noqa: E402, F401
+from . import finetune as _finetune  # noqa: E402, F401

@@ -4,8 +4,9 @@
 >>> result = eval.run("perplexity", model, tokenizer, patches=["streaming:sinks=4,window=256"])
 >>> print(result)
 
-Tasks: perplexity, passkey (language models); agreement, knn (vision models). Add your own with `register_task` or the
-entry-point group ``hf_attn_patch.tasks``. Speed and memory are in `hf_attn_patch.eval.measurements`.
+Tasks for language models: perplexity, passkey, line_retrieval, ruler, longbench, longbench_e, lm_eval, throughput; for
+vision models: agreement, knn. Add your own with `register_task` or the entry-point group
+``hf_attn_patch.tasks``. Speed and memory are in `hf_attn_patch.eval.measurements`.
 """
 
 from __future__ import annotations

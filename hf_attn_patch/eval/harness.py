@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import api
 from ..env import command_line, environment
+from .journal import Journal, fingerprint
+from .measure import Progress, measure
 from .result import Result, Variant
 from .specs import PatchSpec, SpecError, parse_patch_spec, parse_task_spec
 from .stats import paired_bootstrap
 from .task import Task
+from .team import Team
+from .team import find as find_team
 
 DENSE = "dense"
-Progress = Callable[[str, int, int], None]  # (variant label, items done, items in all)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def run(
     out: str | Path | None = None,
     command: str | None = None,
     progress: Progress | None = None,
+    share: bool = True,
 ) -> Result:
     """Measure `model` as it is ("dense") and with each patch, on the same items.
 
@@ -60,12 +64,16 @@ def run(
         patches: each a name, ``name:key=value,…``, a config object, or (name or object, options of `hap.patch`); a
             mapping gives labels of its own.
         compare: label that differences are taken from: ``dense``, or the label of a patch.
-        limit: only the first items. seed: of items and bootstrap. out: folder to write ``result.json`` to.
+        limit: only the first items. seed: of items and bootstrap. out: folder to write ``result.json`` to. Finished
+            items are kept there in ``items.jsonl``: the same call after a kill goes on where it stopped.
         command: recorded in the result; default: the command line of this process.
         progress: called as items finish.
+        share: under ``accelerate launch``, deal the items out to the processes (all of them must call this); every one
+            gets the whole result and rank 0 writes it. False: this process works alone.
 
     Raises:
         SpecError, TaskError: task or patch cannot be understood. ValueError: it does not fit the model.
+        JournalError: `out` holds the items of another run. TeamError: several processes without accelerate.
         PatchError: a patch refuses the model. Nothing has been measured and nothing changed in any of these cases.
     """
     started, clock = datetime.datetime.now().astimezone(), time.perf_counter()
@@ -85,11 +93,12 @@ def run(
         if not items:
             raise ValueError(f"{job.name}: no items")
         groups, weights = job.groups(items), job.weights(items)
+        team = find_team(model) if share else Team()
+        journal = _journal(job, model, items, choices, carried, seed, out, team)
+        known = journal.known()
         reference = job.reference(model, items)
-        variants = []
-        for state in [None, *choices]:
-            label = DENSE if state is None else state.label
-            variants.append(_measure(job, model, processor, state, label, items, reference, progress))
+        states: list[tuple[str, Any]] = [(DENSE, None), *((c.label, c) for c in choices)]
+        variants = measure(job, model, processor, states, items, reference, progress, journal, team)
     base = next(v for v in variants if v.label == compare)
     for variant in variants:
         summarise(variant, base, job, weights, groups, seed)
@@ -97,6 +106,12 @@ def run(
     notes = [
         f"the model already carried {text}; this is part of all variants, dense included" for text in carried
     ]
+    if known:
+        notes.append(
+            f"{known} of {len(items) * len(labels)} scores are from an earlier start ({out}/items.jsonl)"
+        )
+    if team.size > 1:
+        notes.append(f"shared by {team.size} processes")
     result = Result(
         task=job.to_dict(),
         metrics=job.metrics,
@@ -106,6 +121,7 @@ def run(
         items=len(items),
         weights=weights,
         groups=groups,
+        facts=job.facts(items),
         limit=limit,
         seed=seed,
         environment=environment(),
@@ -114,9 +130,30 @@ def run(
         seconds=time.perf_counter() - clock,
         notes=notes,
     )
-    if out is not None:
+    if out is not None and team.rank == 0:
         result.save(out)
+    team.wait()
     return result
+
+
+def _journal(
+    job: Task,
+    model: Any,
+    items: list[Any],
+    choices: list[Choice],
+    carried: list[str],
+    seed: int,
+    out: str | Path | None,
+    team: Team,
+) -> Journal:
+    if out is None or job.in_turns:  # speeds of two starts have no common clock
+        return Journal(None, {})
+    patches = {c.label: c.to_dict() for c in choices}
+    # the same command gives the same items; what is measured of them is in the first line
+    asked = fingerprint(job.to_dict(), model, items, patches, carried, seed)
+    journal = Journal(out, asked, team.rank)
+    team.wait()  # nobody writes while somebody still reads
+    return journal
 
 
 def resolve(patches: Sequence[Any] | Mapping[str, Any]) -> list[Choice]:
@@ -156,46 +193,6 @@ def _choice(patch: Any, label: str | None) -> Choice:
     )
 
 
-def _measure(
-    job: Task,
-    model: Any,
-    processor: Any,
-    choice: Choice | None,
-    label: str,
-    items: list[Any],
-    reference: Any,
-    progress: Progress | None,
-) -> Variant:
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(label, done, len(items))
-
-    if progress is not None:
-        progress(label, 0, len(items))
-    state = nullcontext() if choice is None else api.patched(model, choice.what, **choice.options)
-    with state as handle:
-        start = time.perf_counter()
-        scores = job.score(model, processor, items, reference, tick)
-        seconds = time.perf_counter() - start
-        sites = [] if handle is None else report_rows(handle)
-    wrong = [m.name for m in job.metrics if len(scores.get(m.name, ())) != len(items)]
-    if wrong:
-        raise ValueError(f"{job.name}: score gave no {len(items)} numbers for {', '.join(wrong)}")
-    answers = getattr(job, "answers", None)
-    return Variant(
-        label=label,
-        patch=None if choice is None else choice.to_dict(),
-        scores=scores,
-        sites=sites,
-        answers=list(answers) if answers is not None else None,
-        seconds=seconds,
-    )
-
-
 def summarise(
     variant: Variant,
     base: Variant,
@@ -221,12 +218,6 @@ def summarise(
             variant.difference[metric.name] = paired_bootstrap(
                 base.scores[metric.name], variant.scores[metric.name], metric, weights, seed=seed
             )
-
-
-def report_rows(handle: Any) -> list[dict[str, Any]]:
-    """Rows of ``handle.report()`` as plain values."""
-    keys = ("path", "layer", "part", "executor", "reason", "density")
-    return [{k: getattr(row, k, None) for k in keys} for row in handle.report().sites]
 
 
 def describe_model(model: Any) -> dict[str, Any]:

@@ -21,6 +21,16 @@ NEEDLE = "\n\nThe secret number is {key}. Remember it: the secret number is {key
 QUESTION = "\n\nThe secret number is"
 
 
+@dataclass(frozen=True)
+class Haystack:
+    """One prompt. ids: int64 [1, n] with n just below `length`. depth: of the needle, 0 = start, 1 = end."""
+
+    length: int
+    depth: float
+    key: str
+    ids: Any
+
+
 @dataclass
 class Passkey(PromptTask):
     """Passkey retrieval.
@@ -52,6 +62,19 @@ class Passkey(PromptTask):
 
     def items(self, model: Any, processor: Any, seed: int) -> list[Prompt]:
         check_lengths(self.name, model, processor, self.lengths, self.max_new_tokens)
+        return [
+            Prompt(
+                ids=tuple(h.ids[0].tolist()),
+                expected=(h.key,),
+                new=self.max_new_tokens,
+                group=str(h.length),
+                facts={"length": h.length, "depth": h.depth},
+            )
+            for h in self.haystacks(processor, seed)
+        ]
+
+    def haystacks(self, processor: Any, seed: int) -> list[Haystack]:
+        """The prompts for a tokenizer alone, without asking whether a model has positions for them."""
         from ..testbed.prose import filler_sentences
 
         sentences = filler_sentences()
@@ -72,7 +95,7 @@ class Passkey(PromptTask):
         length: int,
         depth: float,
         draw: random.Random,
-    ) -> Prompt:
+    ) -> Haystack:
         key = str(draw.randint(10000, 99999))
         needle = NEEDLE.format(key=key)
         room = length - len(processor.encode(needle)) - len(processor.encode(QUESTION))
@@ -88,8 +111,7 @@ class Passkey(PromptTask):
             at += 1
         cut = round(depth * len(filler))
         text = " ".join(filler[:cut]) + needle + " ".join(filler[cut:]) + QUESTION
-        ids = tuple(processor(text)["input_ids"])
-        return Prompt(ids, (key,), self.max_new_tokens, str(length), {"length": length, "depth": depth})
+        return Haystack(length, depth, key, processor(text, return_tensors="pt")["input_ids"])
 
     def grade(self, answer: str, prompt: Prompt) -> dict[str, float]:
         return {"accuracy": float(is_right(answer, prompt.expected[0]))}

@@ -61,6 +61,12 @@ _ENTRIES: dict[str, TaskEntry] = {
     for entry in (
         _builtin("perplexity", "perplexity:Perplexity", "perplexity of English prose (language models)"),
         _builtin("passkey", "passkey:Passkey", "find a number in long prose, through generate() and its KV cache"),
+        _builtin("line_retrieval", "line_retrieval:LineRetrieval", "the number in the line of a given name (LongEval)"),
+        _builtin("ruler", "ruler:Ruler", "needles, variable tracking, common and frequent words at any length (RULER)"),
+        _builtin("longbench", "longbench:LongBench", "long-context datasets with their own prompts and metrics"),
+        _builtin("longbench_e", "longbench:LongBenchE", "LongBench-E: the same by length, 0-4k, 4-8k and 8k+ words"),
+        _builtin("lm_eval", "lm_eval:LmEval", "any task of lm-evaluation-harness on the patched object"),
+        _builtin("throughput", "throughput:Throughput", "speed of prefill and decode, first token, memory, KV bytes"),
         _builtin("agreement", "agreement:Agreement", "features against the features of the same model, dense (vision)"),
         _builtin("knn", "knn:Knn", "k-nearest-neighbour accuracy of features on labelled images (vision)"),
     )

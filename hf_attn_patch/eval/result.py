@@ -14,6 +14,7 @@ from .stats import Difference
 from .task import Metric
 
 SCHEMA_VERSION = 1
+MOST_COLUMNS, MOST_ROWS = 6, 80  # groups that a table shows beside the variants, or below them
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Result:
     started: str
     seconds: float
     notes: list[str] = field(default_factory=list)
+    facts: list[dict[str, Any]] | None = None
 
     @property
     def baseline(self) -> Variant:
@@ -87,6 +89,7 @@ class Result:
             "items": self.items,
             "weights": self.weights,
             "groups": self.groups,
+            "facts": self.facts,
             "limit": self.limit,
             "seed": self.seed,
             "notes": self.notes,
@@ -118,6 +121,8 @@ class Result:
         table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
         table.add_column("", overflow="fold")
         groups = self._group_names()
+        if len(self.metrics) > 2:
+            return self._metric_rows(table, groups)
         for metric in self.metrics:
             arrow = "↑" if metric.higher_is_better else "↓"
             table.add_column(f"{metric.name} {arrow}", justify="right")
@@ -138,7 +143,41 @@ class Result:
             table.add_row(*cells)
         return table
 
-    def _group_names(self, most: int = 6) -> list[str]:
+    def _metric_rows(self, table: Any, groups: list[str]) -> Any:
+        """Many metrics side by side would be columns of three characters: one row per metric and variant instead."""
+        from rich.markup import escape
+
+        for name in ("", "all", f"vs {self.compare} [95 %]", *groups):
+            table.add_column(escape(name), justify="right" if name else "left")
+        for metric in self.metrics:
+            arrow = "↑" if metric.higher_is_better else "↓"
+            for n, variant in enumerate(self.variants):
+                table.add_row(
+                    f"{metric.name}, {metric.unit} {arrow}" if n == 0 else "",
+                    escape(variant.label),
+                    f"{variant.aggregates[metric.name]:.{metric.digits}f}",
+                    escape(format_difference(variant.difference.get(metric.name), metric.digits)),
+                    *(f"{variant.by_group[metric.name][g]:.{metric.digits}f}" for g in groups),
+                    end_section=variant is self.variants[-1],
+                )
+        return table
+
+    def group_table(self, groups: list[str]) -> Any:
+        """A rich table of the main metric: one row per group, one column per variant."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        first = self.metrics[0]
+        table = Table(title=first.name, title_justify="left", header_style="bold")
+        table.add_column("", overflow="fold")
+        for variant in self.variants:
+            table.add_column(escape(variant.label), justify="right")
+        for group in groups:
+            cells = [f"{v.by_group[first.name][group]:.{first.digits}f}" for v in self.variants]
+            table.add_row(escape(group), *cells)
+        return table
+
+    def _group_names(self, most: int = MOST_COLUMNS) -> list[str]:
         names = list(dict.fromkeys(self.groups or []))
         return names if 1 < len(names) <= most else []
 
@@ -146,6 +185,9 @@ class Result:
         from rich.text import Text
 
         yield self.table()
+        groups = list(dict.fromkeys(self.groups or []))
+        if MOST_COLUMNS < len(groups) <= MOST_ROWS:
+            yield self.group_table(groups)
         for note in self.notes:
             yield Text(f"note: {note}", style="dim")
 

@@ -52,6 +52,7 @@ class Task:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     metrics: ClassVar[tuple[Metric, ...]] = ()
+    in_turns: ClassVar[bool] = False  # True: variants take turns batch by batch, in one process (speed)
 
     def items(self, model: Any, processor: Any, seed: int) -> list[Any]:
         """The items, the same for the same arguments; called once per run, before anything is patched.
@@ -75,6 +76,17 @@ class Task:
 
     def groups(self, items: list[Any]) -> list[str] | None:
         """A label per item, for aggregates per group (lengths, classes); None = no groups."""
+        return None
+
+    def batches(self, items: list[Any]) -> list[list[int]]:
+        """Indices of items that one call of `score` gets: what is kept after a kill, and dealt out to processes.
+
+        Every index stands in one batch. Default: one batch of everything, right for any task, and with nothing to keep.
+        """
+        return [list(range(len(items)))]
+
+    def facts(self, items: list[Any]) -> list[dict[str, Any]] | None:
+        """What the record says about each item (length, depth, expected answer, …); None = nothing."""
         return None
 
     def to_dict(self) -> dict[str, Any]:

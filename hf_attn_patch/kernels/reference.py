@@ -5,10 +5,13 @@ Memory is O(B H L S). Nothing here is optimised; every other executor is tested 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..program import Program, head_selector
+from ..rules import Rule
 
 
 def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:
@@ -162,10 +165,23 @@ def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
 
 
-def finish(program: Program, output: Tensor, allowed_mean: Tensor | None, own_value: Tensor | None) -> Tensor:
-    """Blends and head gate on the output [B, H, L, Dv] (the epilogue shared by executors)."""
+def finish(
+    program: Program,
+    output: Tensor,
+    allowed_mean: Tensor | None,
+    own_value: Tensor | None,
+    by_rule: Sequence[Tensor] = (),
+) -> Tensor:
+    """Blends and head gate on the output [B, H, L, Dv] (the epilogue shared by executors).
+
+    by_rule: outputs of `Program.reading`, one for each blend whose target is a rule, in order.
+    """
+    outputs = iter(by_rule)
     for blend in program.blends:
-        target = own_value if blend.target == "value" else allowed_mean
+        if isinstance(blend.target, Rule):
+            target: Tensor | None = next(outputs)
+        else:
+            target = own_value if blend.target == "value" else allowed_mean
         assert target is not None, f"the executor did not compute {blend.target}"
         mixed = (1 - blend.amount) * output + blend.amount * target
         selector = head_selector(blend.heads, program.num_heads, output.device)
@@ -230,7 +246,16 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
         mean = share @ value
     if any(b.target == "value" for b in program.blends):
         own = own_values(program, program.value)
-    return finish(program, output, mean, own), probs
+    by_rule: list[Tensor] = []
+    for blend in program.blends:
+        if isinstance(blend.target, Rule):
+            part, restricted = run(program.reading(blend.target))
+            assert restricted is not None
+            by_rule.append(part)
+            selector = head_selector(blend.heads, H, output.device)
+            mixed = (1 - blend.amount) * probs + blend.amount * restricted
+            probs = mixed if selector is None else torch.where(selector, mixed, probs)
+    return finish(program, output, mean, own, by_rule), probs
 
 
 def why_not(program: Program) -> str | None:

@@ -2,7 +2,8 @@
 
 It only chooses. Unedited softmax over a static layout runs bucket by bucket and dense attention in one
 SDPA call (`plain`), everything else goes row block by row block (`row_blocks`). Where edits
-touch only some rows, the others still take the cheap way.
+touch only some rows, the others still take the cheap way; (head, token) pairs behind a closed gate are left out
+(`ragged_rows`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..program import MassEdit, Program, ScoreEdit
-from . import reference
+from ..rules import Rule
+from . import ragged_rows, reference
 from .plain import run_plain
+from .ragged_rows import run_open
 from .row_blocks import mean_values, run_ragged, run_rows
 
 
@@ -27,13 +30,15 @@ def why_not(program: Program) -> str | None:
 
 def run(program: Program) -> tuple[Tensor, None]:
     """Execute `program` with memory linear in its length: (output [B, H, L, Dv], None)."""
-    targets = {blend.target for blend in program.blends}
+    targets = {blend.target for blend in program.blends if isinstance(blend.target, str)}
+    rules = [blend.target for blend in program.blends if isinstance(blend.target, Rule)]
     if program.ragged:
         return reference.finish(program, run_ragged(program, program_is_edited(program)), None, None), None
     output = attend(program)
     mean = mean_values(program) if "mean_value" in targets else None
     own = reference.own_values(program, program.value) if "value" in targets else None  # type: ignore[arg-type]
-    return reference.finish(program, output, mean, own), None
+    by_rule = [attend(program.reading(t)) for t in rules]
+    return reference.finish(program, output, mean, own, by_rule), None
 
 
 def program_is_edited(program: Program) -> bool:
@@ -44,7 +49,7 @@ def program_is_edited(program: Program) -> bool:
 def attend(program: Program) -> Tensor:
     """Attention output before blend and gate, [B, H, L, Dv]."""
     if not program_is_edited(program):
-        return run_plain(program)
+        return run_open(program, run_plain) if ragged_rows.applies(program) else run_plain(program)
     rows = edited_rows(program)
     if rows is None or 2 * rows.numel() > program.q_len:
         return run_rows(program, edited=True)

@@ -35,6 +35,20 @@ BUILTIN: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {
         "2502.13189",
         ("text", "decoder"),
     ),
+    "duo": (
+        "hf_attn_patch.patches.sparse.duo:Duo",
+        "Retrieval heads keep full attention; streaming heads read sinks + recent tokens, and only those stay cached",
+        "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
+        "2410.10819",
+        ("text", "decoder"),
+    ),
+    "vertical_slash": (
+        "hf_attn_patch.patches.sparse.vertical_slash:VerticalSlash",
+        "The prompt is read along columns and diagonals that its last queries point at (MInference); decoding is dense",
+        "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
+        "2407.02490",
+        ("text", "decoder"),
+    ),
     "head_gate": (
         "hf_attn_patch.patches.heads.head_gate:HeadGate",
         "Multiply head outputs by per-layer, per-head factors (the head mask transformers v5 removed)",
@@ -76,6 +90,13 @@ BUILTIN: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {
         "Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs",
         "2311.02262",
         ("text", "decoder"),
+    ),
+    "moh": (
+        "hf_attn_patch.patches.heads.moh:MoH",
+        "Mixture of heads: per token the first heads are always on, and the K best of the others",
+        "MoH: Multi-Head Attention as Mixture-of-Head Attention",
+        "2410.11842",
+        ("text", "vision", "audio", "encoder", "decoder"),
     ),
     "retrieval_mask": (
         "hf_attn_patch.patches.heads.retrieval_mask:RetrievalMask",

@@ -35,23 +35,32 @@ def render(record: Mapping[str, Any]) -> str:
     Raises:
         ReportError: jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise ReportError("the HTML page needs jinja2: pip install 'hf_attn_patch[eval]'") from error
-    env = Environment(
-        loader=PackageLoader("hf_attn_patch.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    env = templates()
     models = [_model(m) for m in record["models"]]
     return env.get_template("demo.html.jinja").render(
         record=record,
         models=models,
         environment=lines(record["environment"]),
         minutes=f"{record['seconds'] / 60:.1f}",
+    )
+
+
+def templates() -> Any:
+    """The jinja2 environment of the pages of this package.
+
+    Raises:
+        ReportError: jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise ReportError("the HTML page needs jinja2: pip install 'hf_attn_patch[eval]'") from error
+    return Environment(
+        loader=PackageLoader("hf_attn_patch.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -173,9 +173,9 @@ def test_cache_gives_what_one_forward_gives(case, parts):
 def test_odd_lengths_with_cache(case, length):
     model = model_of(case.family)
     inputs = inputs_of(case.family, batch=2, length=length)
-    with patch(case, model):
+    cut = max(1, length // 2)
+    with patch(case, model), hap.prompt(model, length=cut):  # as in the test above
         whole = forward(model, inputs)
-        cut = max(1, length // 2)
         cache = DynamicCache(config=model.config)
         a = forward(model, columns_of(inputs, 0, cut), past_key_values=cache, use_cache=True)
         parts = [a]
@@ -192,14 +192,15 @@ def test_grouped_query_attention(case, kv_heads):
     model = model_of("llama", num_key_value_heads=kv_heads)
     inputs = inputs_of("llama", left_pad=[2, 0])
     options = registry.get(case.patch).examples(model)[case.number]
-    with hap.patched(model, case.patch, **options, impl="reference"):
+    first = LENGTH // 2
+    with hap.patched(model, case.patch, **options, impl="reference"), hap.prompt(model, length=first):
         truth = forward(model, inputs)
-    with hap.patched(model, case.patch, **options):
+    with hap.patched(model, case.patch, **options), hap.prompt(model, length=first):
         close(forward(model, inputs)[1], truth[1])
         cache = DynamicCache(config=model.config)
         parts = [
-            forward(model, columns_of(inputs, i, i + 1), past_key_values=cache, use_cache=True)
-            for i in range(LENGTH)
+            forward(model, columns_of(inputs, a, b), past_key_values=cache, use_cache=True)
+            for a, b in [(0, first), *((i, i + 1) for i in range(first, LENGTH))]
         ]
         close(torch.cat(parts, 1)[1], truth[1])
 

@@ -121,6 +121,9 @@ def all_edits() -> dict[str, Callable[[Program], Program]]:
         ),
         "blend value": lambda p: edit(p, blends=[Blend("value", 0.3, half)]),
         "blend mean value": lambda p: edit(p, blends=[Blend("mean_value", amount(p))]),
+        "blend rule": lambda p: edit(
+            p, blends=[Blend(SinkWindow(2, 9), amount(p)), Blend(SinkWindow(0, 3), 0.3, half)]
+        ),
         "head gate": lambda p: edit(
             p, head_gate=torch.rand(p.batch, p.q_len, p.num_heads, dtype=torch.float64)
         ),

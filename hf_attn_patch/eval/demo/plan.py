@@ -65,7 +65,7 @@ def head_scores(
     model.set_attn_implementation("eager")  # the only one that returns probabilities
     try:
         with evaluating(model), torch.inference_mode():
-            prompts = Passkey((length,), (0.1, 0.3, 0.5, 0.7)).items(model, tokenizer, seed)
+            prompts = Passkey((length,), (0.1, 0.3, 0.5, 0.7)).haystacks(tokenizer, seed)
             answers = [_needle_mass(model, tokenizer, p) for p in prompts]
             needle = torch.stack(answers).mean(0)
             ids = prose_ids(tokenizer, 1024)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...program import Heads, MassTransfer, Program, head_selector
+from ...rules import Rule
 from .. import reference
 from ..layout import BlockLayout
 from . import geometry
@@ -58,6 +59,9 @@ def why_not(program: Program) -> str | None:
         tensor = getattr(program, name)
         if tensor is not None and tensor.requires_grad:
             return f"a {name.replace('_', ' ')} that is trained"
+    for blend in program.blends:
+        if isinstance(blend.target, Rule) and (reason := why_not(program.reading(blend.target))) is not None:
+            return f"a blend with what {blend.target} gives: {reason}"
     return geometry.why_not(program)
 
 
@@ -211,7 +215,8 @@ def _finish(program: Program, out: Tensor) -> tuple[Tensor, None]:
         mean, _ = attend_layout(program.query, key, value, layout, scale=1.0, padding=padding, uniform=True)
     if any(b.target == "value" for b in program.blends):
         own = reference.own_values(program, value)
-    return reference.finish(program, out, mean, own).to(value.dtype), None
+    by_rule = [run(program.reading(b.target))[0] for b in program.blends if isinstance(b.target, Rule)]
+    return reference.finish(program, out, mean, own, by_rule).to(value.dtype), None
 
 
 def _key_class(program: Program) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...masks import Mask
 from ...program import Program
 from ...rules import ChosenBlocks, Rule
+from ...rules_dynamic import ColumnsDiagonals
 from ..layout import BlockLayout
 from ..layout import layout_for as cached_layout
 from .layout_attention import Padding
@@ -72,6 +73,10 @@ def why_not(program: Program) -> str | None:
             + hint
         )
     if rule is not None and rule.dynamic:
+        if isinstance(rule, ColumnsDiagonals):
+            return (
+                "columns and diagonals were chosen for this call, and a layout of blocks would read far more"
+            )
         if not isinstance(rule, ChosenBlocks):
             return "blocks chosen for this call, combined with another rule or on some heads only"
         if rule.block_q % 32 or rule.block_k % 32:
