@@ -51,7 +51,7 @@ plans: $(STAMP)
 	mkdir -p benchmarks/plans
 	for density in 50 30 25 20; do $(BIN)/hf-attn-patch calibrate moa:density=0.$$density --model testbed:smollm2 \
 		-o benchmarks/plans/smollm2-moa-$$density.json --work runs/calibration-moa || exit 1; done
-	$(BIN)/hf-attn-patch calibrate head_scores:objective=window_loss,kind=kv,lengths=[900],samples=4 \
+	$(BIN)/hf-attn-patch calibrate head_scores:objective=window_loss,kind=kv,lengths=[900],samples=2 \
 		--model testbed:smollm2 -o benchmarks/plans/smollm2-window-loss.json --work runs/calibration-window-loss
 	$(BIN)/hf-attn-patch calibrate duo --model testbed:smollm2 -o benchmarks/plans/smollm2-duo.json \
 		--work runs/calibration-duo

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -14,14 +16,14 @@ from hf_attn_patch.program import Program
 from hf_attn_patch.rules import ChosenBlocks, SinkWindow
 from tests.kernels.budget import assert_within_budget, cast, check_budget
 from tests.kernels.cases import make
-from tests.small import differ, inputs_of, model_of, output
+from tests.small import close, differ, inputs_of, model_of, output
 from tests.test_golden import read
 
 
 class Call:
     """What `edit` needs of a call."""
 
-    heads = None
+    heads, context = None, None
 
 
 def chosen(program: Program, **options) -> Program:
@@ -136,3 +138,45 @@ def test_the_report_says_how_many_blocks_were_read():
 def test_bad_options_are_refused_with_the_way_out(bad, words):
     with pytest.raises(hap.PatchError, match=words):
         hap.plan(model_of("llama"), "block_topk", **bad)
+
+
+def test_a_threshold_of_mass_counts_the_blocks_that_are_read_anyway(score="antidiagonal"):
+    """At a threshold that the forced blocks alone reach, nothing else is read; at 1 everything is."""
+    program = make(L=200, H=2, Hkv=2, B=1)
+    options = dict(block=32, topk=0, score=score, sinks=1, recent=1)
+    few = chosen(make(L=200, H=2, Hkv=2, B=1), threshold=1e-6, **options)
+    everything = chosen(make(L=200, H=2, Hkv=2, B=1), threshold=1.0, **options)
+    sinks = chosen(make(L=200, H=2, Hkv=2, B=1), block=32, topk=1, score=score, sinks=1, recent=1)
+    assert torch.equal(few.rule.chosen, sinks.rule.chosen)
+    torch.testing.assert_close(attention(everything, "torch").output, attention(program, "torch").output)
+
+
+def test_quest_is_dense_in_the_prompt_and_chooses_pages_afterwards():
+    model = model_of("llama")
+    inputs = inputs_of(model, length=40)
+    dense = output(model, inputs)
+    with hap.patched(model, "quest", block=4, topk=2):
+        assert torch.equal(output(model, inputs), dense), "a prompt"
+        with hap.prompt(model, length=30):
+            mixed = output(model, inputs)
+        cache = model(input_ids=inputs["input_ids"][:, :30], use_cache=True).past_key_values
+        steps = [
+            model(input_ids=inputs["input_ids"][:, i : i + 1], past_key_values=cache).logits
+            for i in range(30, 40)
+        ]
+    close(mixed[:, :30], dense[:, :30])
+    close(torch.cat(steps, 1), mixed[:, 30:], "decoding token by token")
+    assert differ(mixed[:, 31:], dense[:, 31:])
+
+
+def test_xattention_reads_less_and_is_dense_when_it_decodes():
+    model = model_of("llama")
+    inputs = inputs_of(model, length=64)
+    dense = output(model, inputs)
+    with hap.patched(model, "xattention", block=8, stride=4, threshold=0.5):
+        assert differ(output(model, inputs), dense)
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+            step = model(input_ids=inputs["input_ids"][:, :1], past_key_values=copy.deepcopy(cache)).logits
+    with torch.no_grad():  # the same cache, nothing patched
+        close(step, model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache).logits)

@@ -79,11 +79,11 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(small, found, tmp_p
     model, tokenizer = small
     real, calls = influence.profile, []
 
-    def breaks(model, chosen, block):
+    def breaks(model, chosen, block, answer_rows):
         calls.append(chosen)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(model, chosen, block)
+        return real(model, chosen, block, answer_rows)
 
     monkeypatch.setattr(influence, "profile", breaks)
     with pytest.raises(KeyboardInterrupt):

@@ -65,6 +65,12 @@ def test_block_influence_of_grouped_heads_and_odd_lengths(length, rows):
     for m, n in itertools.product(range(blocks), repeat=2):
         want[:, m, n] = dense[:, m * 16 : m * 16 + 16, n * 16 : n * 16 + 16].sum((1, 2))
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    first = length // 3
+    late = block_influence(q, k, v, grad, 8**-0.5, block=16, rows=rows, first=first)
+    dense[:, :first] = 0
+    for m, n in itertools.product(range(blocks), repeat=2):
+        want[:, m, n] = dense[:, m * 16 : m * 16 + 16, n * 16 : n * 16 + 16].sum((1, 2))
+    torch.testing.assert_close(late.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_the_search_space_is_that_of_the_original():

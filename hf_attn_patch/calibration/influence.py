@@ -64,17 +64,19 @@ def block_influence(
     scale: float,
     block: int = 64,
     rows: int = 64,
+    first: int = 0,
 ) -> Tensor:
     """Sums of |E| over blocks of a causal call without padding: float32 [H, nb, nb], nb = ceil(L / block).
 
     query, grad_output: [H, L, D]. key, value: [Hkv, L, D]. rows: computed at a time (a multiple of `block`).
+    first: query rows before it count as 0.
     """
     heads, length, _ = query.shape
     group, blocks = heads // key.shape[0], -(-length // block)
     found = query.new_zeros(heads, blocks, blocks, dtype=torch.float32)
     for head in range(key.shape[0]):
         mine = slice(head * group, (head + 1) * group)
-        for start in range(0, length, rows):
+        for start in range(first // rows * rows, length, rows):
             stop = min(start + rows, length)
             score = query[mine, start:stop] @ key[head, :stop].mT * scale
             later = torch.arange(stop, device=query.device) > torch.arange(
@@ -83,17 +85,29 @@ def block_influence(
             probability = score.masked_fill_(later, -torch.inf).softmax(-1)
             gradient = grad_output[mine, start:stop] @ value[head, :stop].mT
             effect = influence_of(probability, gradient).abs()
+            if start < first:
+                effect[:, : first - start] = 0
             wide, high = -stop % block, -(stop - start) % block
             tiles = F.pad(effect, (0, wide, 0, high)).unflatten(-1, (-1, block)).unflatten(1, (-1, block))
-            first = start // block
-            found[mine, first : first + tiles.shape[1], : tiles.shape[3]] = tiles.sum((2, 4)).float()
+            at = start // block
+            found[mine, at : at + tiles.shape[1], : tiles.shape[3]] = tiles.sum((2, 4)).float()
     return found
 
 
 def profile(
-    model: Any, samples: Sequence[Sample], block: int = 64, tick: Callable[[], None] = lambda: None
+    model: Any,
+    samples: Sequence[Sample],
+    block: int = 64,
+    answer_rows: bool = True,
+    tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Mean block influence over `samples` of one length class: float32 [layers, H, nb, nb].
+
+    answer_rows: only entries of the query rows that say the answer. Entries of other rows change it through later
+    layers; each by little, but there are so many that their absolute values drown the few that fetch something far
+    away. SmolLM2-135M, a number at one tenth of 1024 tokens: the fourteen KV heads with most influence there all have a
+    gate >= 0.85 in the training of `duo` if rows of the answer count, three of them if all rows do. The original takes
+    all rows.
 
     The loss of a sample is the mean negative log-likelihood of its answer. Layers are worked off one at a time, so
     memory is that of one forward with gradients of activations. Samples shorter than the longest fill their corner.
@@ -105,7 +119,7 @@ def profile(
     blocks = -(-longest // block)
     total: Tensor | None = None
     for sample in samples:
-        per_layer = _profile_one(model, sample, block)
+        per_layer = _profile_one(model, sample, block, sample.start - 1 if answer_rows else 0)
         if total is None:
             total = torch.zeros(len(per_layer), per_layer[0].shape[0], blocks, blocks)
         for layer, found in enumerate(per_layer):
@@ -116,7 +130,7 @@ def profile(
     return total
 
 
-def _profile_one(model: Any, sample: Sample, block: int) -> list[Tensor]:
+def _profile_one(model: Any, sample: Sample, block: int, first: int) -> list[Tensor]:
     calls: dict[int, tuple[Any, ...]] = {}
 
     def look(layer: int, program: Any, output: Tensor) -> None:
@@ -140,7 +154,7 @@ def _profile_one(model: Any, sample: Sample, block: int) -> list[Tensor]:
                 f"the gradient of layer {layer} is not finite on {sample}; calibrate in float32 (--dtype float32)"
             )
         one = [t[0].float() for t in (query, key, value, gradient)]
-        found.append(block_influence(one[0], one[1], one[2], one[3], scale, block).cpu())
+        found.append(block_influence(one[0], one[1], one[2], one[3], scale, block, first=first).cpu())
     return found
 
 

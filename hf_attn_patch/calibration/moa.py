@@ -28,15 +28,16 @@ class MoaCalibrator(Calibrator):
 
     Differs from the original code: rules are chosen per KV head (influence summed over its query heads) because a KV
     head is evicted once for its group; plans are written with the sink block inside alpha, so that the runtime reads
-    what the search counted; HiGHS instead of Gurobi; the influence of each sample is scaled to sum 1 before samples are
-    averaged, because a one-word answer has gradients many times those of a page of prose (`balance`); two intervals per
-    objective instead of four (`intervals`: 15 programs instead of 51).
+    what the search counted; HiGHS instead of Gurobi; only the rows of the answer count (``rows="all"`` is the
+    original; see `influence.profile` for why); the influence of each sample is scaled to sum 1 before samples are
+    averaged, because a one-word answer has gradients many times those of a page of prose (`balance`); two intervals
+    per objective instead of four (`intervals`: 15 programs instead of 51).
     """
 
     name = "moa"
     summary = "spans per KV head by gradient influence and integer programming"
     patch = "moa"
-    shared = ("lengths", "samples", "validate_length", "validate_samples", "block", "answers", "seed")
+    shared = ("lengths", "samples", "validate_length", "validate_samples", "block", "answers", "rows", "seed")
 
     density: float = 0.5
     lengths: tuple[int, ...] = (1024, 2048, 4096)
@@ -52,6 +53,7 @@ class MoaCalibrator(Calibrator):
     betas: tuple[float, ...] | None = None
     block: int = 64
     answers: Literal["model", "given"] = "model"
+    rows: Literal["answer", "all"] = "answer"
     balance: bool = True
     solve_seconds: float = 20.0
     seed: int = 0
@@ -194,7 +196,7 @@ class MoaCalibrator(Calibrator):
     def _profile(self, model: Any, sample: Sample) -> dict[str, Any]:
         from . import influence
 
-        return {"influence": influence.profile(model, [sample], self.block)}
+        return {"influence": influence.profile(model, [sample], self.block, self.rows == "answer")}
 
     def _draw(self, data: Any, model: Any, tokenizer: Any, level: int) -> list[dict[str, Any]]:
         chosen = samples(

@@ -35,6 +35,20 @@ BUILTIN: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {
         "2502.13189",
         ("text", "decoder"),
     ),
+    "quest": (
+        "hf_attn_patch.patches.sparse.block_topk:Quest",
+        "Decoding reads the pages of keys whose bound on q . k is highest; the prompt is dense",
+        "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+        "2406.10774",
+        ("text", "decoder"),
+    ),
+    "xattention": (
+        "hf_attn_patch.patches.sparse.block_topk:XAttention",
+        "Blocks of queries read the blocks of keys that hold most of the attention mass estimated along anti-diagonals",
+        "XAttention: Block Sparse Attention with Antidiagonal Scoring",
+        "2503.16428",
+        ("text", "decoder"),
+    ),
     "duo": (
         "hf_attn_patch.patches.sparse.duo:Duo",
         "Retrieval heads keep full attention; streaming heads read sinks + recent tokens, and only those stay cached",

@@ -23,7 +23,8 @@ from .conftest import DEVICE
 pytestmark = pytest.mark.filterwarnings("ignore")
 NO_KERNEL = {
     "block_topk",
-    "moba",  # their examples choose per query; tests/test_block_topk.py has blocks of queries
+    "moba",
+    "quest",  # their examples choose per query; tests/test_block_topk.py has blocks of queries
     "vertical_slash",  # refused, and says why: tests/test_vertical_slash.py
 }
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "dinov2", "llava")

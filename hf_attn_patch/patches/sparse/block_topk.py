@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,9 @@ class BlockTopK(Patch):
     (Quest's page bound); ``antidiagonal`` the estimated attention mass of a block of queries and a block of keys from
     sums along anti-diagonals of stride `stride` (XAttention). The first `sinks` blocks and the last `recent` blocks up
     to the query's own are always read. The others: the best ``topk`` minus those, or with ``threshold`` (topk=0) the
-    fewest that hold this share of the softmax mass of their scores. Causality applies inside blocks as ever.
+    fewest that hold this share of the softmax mass of their scores (antidiagonal: that hold, with the blocks that are
+    read anyway, this share of the estimated mass).
+    Causality applies inside blocks as ever. ``prompt="dense"``: rows of the prompt read everything.
 
     Neutral value: ``topk`` at least the number of blocks.
 
@@ -50,14 +52,16 @@ class BlockTopK(Patch):
     parts = ("text", "decoder")
     default_part = "text"
     causal_only = True
+    needs = frozenset({"prompt"})
 
     block: int = option(64, help="tokens per block of keys (antidiagonal: of queries too)")
     topk: int = option(16, help="blocks that are read per row, forced ones included; 0 = use threshold")
-    threshold: float = option(0.9, help="with topk=0: share of the score mass of unforced blocks to read")
+    threshold: float = option(0.9, help="with topk=0: share of the score mass to read")
     score: str = option("mean", help=f"one of {', '.join(SCORES)}")
     sinks: int = option(1, help="first blocks that are always read")
     recent: int = option(1, help="last blocks that are always read, the query's own included")
     stride: int = option(8, help="antidiagonal: tokens per group, divides block")
+    prompt: Literal["sparse", "dense"] = option("sparse", help="whether rows of the prompt choose blocks too")
 
     def validate(self) -> None:
         self.require(self.block >= 1, "block", ">= 1")
@@ -67,6 +71,7 @@ class BlockTopK(Patch):
         self.require(self.sinks >= 0, "sinks", ">= 0")
         self.require(self.recent >= 1, "recent", ">= 1 (the own block is always read)")
         if self.score == "antidiagonal":
+            self.require(self.prompt == "sparse", "prompt", "sparse (antidiagonal leaves decoding dense)")
             self.require(
                 self.stride >= 1 and self.block % self.stride == 0,
                 "stride",
@@ -77,6 +82,12 @@ class BlockTopK(Patch):
         mask = program.mask
         if mask.window is not None or (self.score == "antidiagonal" and program.q_len == 1):
             return
+        dense = 0
+        if self.prompt == "dense":
+            length = None if call.context is None else call.context.prompt_length
+            dense = mask.q_offset + program.q_len if length is None else length
+            if mask.q_offset + program.q_len <= dense:
+                return
         if not isinstance(program.key, Tensor) or mask.kv_offset:
             raise CacheError(
                 f"{self.name}: this cache has dropped tokens, so blocks cannot be chosen among all keys. Patch the "
@@ -85,10 +96,11 @@ class BlockTopK(Patch):
         scores, per_row, origin = self._scores(program)
         kept = self._kept(scores, per_row, origin)
         possible = scores > -torch.inf
-        if (
-            not mask.causal
-        ):  # a mask that lets some tokens see later ones (images in gemma3): those are its business
+        if not mask.causal:  # a mask that lets some tokens see later ones (images in gemma3): its business
             kept = kept | ~possible
+        if dense:
+            first = mask.q_offset + torch.arange(kept.shape[2], device=kept.device) * per_row
+            kept = kept | (first < dense)[:, None]
         program.share = (kept & possible).sum() / possible.sum().clamp(min=1)
         program.restrict(ChosenBlocks(kept, per_row, self.block, origin), call.heads)
 
@@ -123,10 +135,11 @@ class BlockTopK(Patch):
         if self.topk:
             ranked = scores.masked_fill(forced, torch.inf)
             return _as_mask(select_topk(ranked, self.topk), blocks) & allowed | forced
+        if self.score == "antidiagonal":
+            return _as_mask(select_threshold(scores, self.threshold, always=forced), blocks)
+        # the score of a block that is not full yet knows its later tokens; left out, decoding equals one forward
         others = scores.masked_fill(forced, -torch.inf)
-        masses = "given" if self.score == "antidiagonal" else "softmax"
-        others = others.masked_fill(forced, 0.0) if masses == "given" else others
-        return _as_mask(select_threshold(others, self.threshold, masses=masses), blocks) & allowed | forced  # type: ignore[arg-type]
+        return _as_mask(select_threshold(others, self.threshold, masses="softmax"), blocks) & allowed | forced
 
     @classmethod
     def neutral(cls, model: Any) -> dict[str, Any] | None:
@@ -173,3 +186,75 @@ class MoBA(BlockTopK):
     @classmethod
     def examples(cls, model: Any) -> list[dict[str, Any]]:
         return [{"block": 4, "topk": 2}, {"block": 3, "topk": 1}]
+
+
+@register_patch("quest")
+@dataclass
+class Quest(BlockTopK):
+    """Decoding reads the pages of keys whose bound on q . k is highest; the prompt is dense.
+
+    Source: Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774 (mit-han-lab/Quest,
+    READ in part). `block_topk` with pages of 16 tokens, the bound ``sum_d max(q_d min_d, q_d max_d)`` of a page, and a
+    budget of ``topk`` pages (64 = 1024 tokens). The published setting leaves the first two layers dense
+    (``layers="2:"``).
+
+    Formula: rows after the prompt read the ``topk`` pages with the highest bound, the own one included, causal inside
+    it; rows of the prompt read everything.
+
+    Neutral value: ``topk`` at least the number of pages.
+
+    Differs from the original code: see `block_topk`; any batch, GQA (a choice per query head, as its emulation does;
+    its dense layers are a constant 32 there). The own page is always read. The whole KV cache is kept, as there.
+    """
+
+    paper = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference"
+    arxiv = "2406.10774"
+
+    block: int = option(16, help="tokens per page")
+    topk: int = option(64, help="pages that are read per query, the own one included")
+    score: str = option("minmax", help=f"one of {', '.join(SCORES)}")
+    sinks: int = option(0, help="first pages that are always read")
+    prompt: Literal["sparse", "dense"] = option("dense", help="whether rows of the prompt choose pages too")
+
+    @classmethod
+    def examples(cls, model: Any) -> list[dict[str, Any]]:
+        return [
+            {"block": 2, "topk": 2, "prompt": "sparse"}
+        ]  # a forward over a prompt alone would show nothing
+
+
+@register_patch("xattention")
+@dataclass
+class XAttention(BlockTopK):
+    """Blocks of queries read the blocks of keys that hold most of the attention mass estimated along anti-diagonals.
+
+    Source: XAttention: Block Sparse Attention with Antidiagonal Scoring, arXiv 2503.16428 (mit-han-lab/x-attention,
+    READ). `block_topk` with ``score="antidiagonal"``, blocks of 128, stride 16 and a threshold of 0.9; the first and
+    the own block are always read and count.
+
+    Formula: with queries and keys grouped by `stride`, the score of a block pair is its share of the softmax over sums
+    of q . k along anti-diagonals; a row of blocks keeps the fewest that hold `threshold`.
+
+    Neutral value: ``topk`` at least the number of blocks.
+
+    Differs from the original code: see `block_topk`. One threshold for all heads (its search for thresholds per head
+    is not released). Decoding is dense, as there. Its ``keep_sink`` marks query row 0; here key block 0 is kept.
+    """
+
+    paper = "XAttention: Block Sparse Attention with Antidiagonal Scoring"
+    arxiv = "2503.16428"
+
+    block: int = option(128, help="tokens per block of keys and of queries")
+    topk: int = option(0, help="blocks that are read per row, forced ones included; 0 = use threshold")
+    score: str = option("antidiagonal", help=f"one of {', '.join(SCORES)}")
+    stride: int = option(16, help="tokens per group, divides block")
+
+    @classmethod
+    def neutral(cls, model: Any) -> dict[str, Any] | None:
+        return {"block": 4, "stride": 2, "topk": 1 << 20}
+
+    @classmethod
+    def examples(cls, model: Any) -> list[dict[str, Any]]:
+        # choices for blocks of queries depend on where a prompt is cut, which the contracts do not allow: those are in
+        # tests/test_block_topk.py, here are the other options of this preset
+        return [{"block": 4, "topk": 2, "score": "mean"}]
