@@ -289,6 +289,12 @@ def identity(job: Calibrator, model: Any, data: Any) -> dict[str, Any]:
     }
 
 
+def model_name(model: Any) -> str:
+    """What a plan calls its model: the hub id, or the last part of a folder's path; "" if it is unknown."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 @contextmanager
 def as_it_is(model: Any) -> Any:
     """Eval mode without parameter gradients inside; every flag comes back afterwards, no gradient stays behind."""

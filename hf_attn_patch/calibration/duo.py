@@ -14,7 +14,7 @@ from torch import Tensor
 from ..api import patched
 from ..patches.sparse.duo import full_heads, gates
 from ..sites import base_model
-from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work
+from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work, model_name
 from .data import Sample, check_lengths, samples
 from .pictures import draw_plan
 
@@ -174,8 +174,7 @@ class DuoCalibrator(Calibrator):
         )
         span = {"sinks": self.sinks, "window": self.window}
         plan = {
-            "model": getattr(base_model(model).config, "_name_or_path", "")
-            or type(base_model(model)).__name__,
+            "model": model_name(base_model(model)) or type(base_model(model)).__name__,
             "objective": "duo",
             "kind": "kv",
             **span,

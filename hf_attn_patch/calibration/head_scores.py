@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelMismatchError
-from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work
+from ..sites import base_model
+from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work, model_name
 from .capture import captured
 from .data import Sample, check_lengths, needle, samples
 
@@ -140,7 +141,7 @@ class HeadScores(Calibrator):
             }
             for i in order
         ]
-        name = getattr(model.config, "_name_or_path", "") or ""
+        name = model_name(base_model(model))
         return {"model": name, "objective": self.objective, "kind": self.kind, "heads": heads}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ModelMismatchError
 from ..sites import base_model, find_sites
 from . import plan_search
-from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work
+from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work, model_name
 from .data import Sample, check_lengths, samples
 
 
@@ -181,7 +181,7 @@ class MoaCalibrator(Calibrator):
     def plan_json(self, plan: plan_search.Plan, rules: plan_search.RuleSet, model: Any) -> dict[str, Any]:
         """The official format, one rule per KV head; the sink block is part of alpha, as the runtime counts it."""
         pairs = self._pairs(plan, rules).reshape(*plan.rules.shape, 2)
-        name = getattr(model.config, "_name_or_path", "") or ""
+        name = model_name(base_model(model))
         return {
             "alphas": (pairs[..., 0] + self.block).tolist(),
             "betas": pairs[..., 1].tolist(),
