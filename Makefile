@@ -1,7 +1,7 @@
 # make demo   the main job: real models, dense beside patched, and the undo proof (first run fetches two wheels)
 # make test   lint, types, all tests          make bench  numbers under benchmarks/results/
 # make aot    compile all Triton kernels for four GPU targets, write docs/kernels.md      make gpu-check  on a GPU: gate + numbers
-# make plans  calibrate SmolLM2 (plans under benchmarks/plans)      make frontier  quality against density of all methods
+# make plans  calibrate SmolLM2 (plans under benchmarks/plans)      make frontier  quality against density of all methods      make moh  train routers
 # make docs   regenerate docs/coverage.md and the method list of the README
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench plans frontier docs aot gpu-check testbed install clean
+.PHONY: demo test lint bench plans frontier moh docs aot gpu-check testbed install clean
 
 install: $(STAMP)
 
@@ -49,7 +49,7 @@ bench: $(STAMP)
 # plans of SmolLM2 by calibration (about 40 minutes on 2 cores; interrupted, it goes on where it stopped)
 plans: $(STAMP)
 	mkdir -p benchmarks/plans
-	for density in 50 30 25 20; do $(BIN)/hf-attn-patch calibrate moa:density=0.$$density --model testbed:smollm2 \
+	for density in 50 30 25; do $(BIN)/hf-attn-patch calibrate moa:density=0.$$density --model testbed:smollm2 \
 		-o benchmarks/plans/smollm2-moa-$$density.json --work runs/calibration-moa || exit 1; done
 	$(BIN)/hf-attn-patch calibrate head_scores:objective=window_loss,kind=kv,lengths=[900],samples=2 \
 		--model testbed:smollm2 -o benchmarks/plans/smollm2-window-loss.json --work runs/calibration-window-loss
@@ -59,6 +59,15 @@ plans: $(STAMP)
 # quality against density of all methods with those plans: benchmarks/results/frontier-smollm2
 frontier: $(STAMP)
 	$(BIN)/python benchmarks/frontier.py
+
+# mixture of heads: 150k tokens of LoRA with both routers and without, then benchmarks/results/moh-smollm2
+MOH := --model testbed:smollm2 --data testbed:prose --lora r=8,alpha=16,targets=q_proj+v_proj --steps 146 --batch 2 \
+	--length 512 --lr 3e-4 --warmup 20
+moh: $(STAMP)
+	$(BIN)/hf-attn-patch finetune $(MOH) --patch moh --out runs/moh/moh-norm
+	$(BIN)/hf-attn-patch finetune $(MOH) --patch moh:router=learned --out runs/moh/moh-learned
+	$(BIN)/hf-attn-patch finetune $(MOH) --out runs/moh/dense
+	$(BIN)/python benchmarks/moh.py --trained runs/moh
 
 docs: $(STAMP)
 	$(BIN)/python scripts/coverage.py

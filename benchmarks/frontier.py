@@ -42,12 +42,9 @@ def families() -> dict[str, dict[str, Variant]]:
     """family -> label -> (patch, options), ordered from much to little."""
     elastic = {"max_new_tokens": 8}
     moa = {
-        f"moa {d} %": ("moa", {"plan": str(PLANS / f"smollm2-moa-{d}.json"), **elastic})
-        for d in (50, 30, 25, 20)
+        f"moa {d} %": ("moa", {"plan": str(PLANS / f"smollm2-moa-{d}.json"), **elastic}) for d in (50, 30, 25)
     }
-    uniform = {
-        f"uniform {d} %": ("moa", {"plan": uniform_plan(d / 100), **elastic}) for d in (75, 50, 30, 25)
-    }
+    uniform = {f"uniform {d} %": ("moa", {"plan": uniform_plan(d / 100), **elastic}) for d in (50, 30, 25)}
     left = {
         f"leave one out, {n} of 90 full": (
             "duo",
@@ -57,7 +54,7 @@ def families() -> dict[str, dict[str, Variant]]:
                 "window": 256,
             },
         )
-        for n in (36, 24, 12, 6)
+        for n in (24, 12, 6)
         if (PLANS / "smollm2-window-loss.json").exists()
     }
     duo = {
@@ -65,17 +62,20 @@ def families() -> dict[str, dict[str, Variant]]:
             "duo",
             {"alphas": str(PLANS / "smollm2-duo.json"), "sparsity": s, "sinks": 4, "window": 256},
         )
-        for s in (0.5, 0.7, 0.85)
+        for s in (0.5, 0.7, 0.87)
         if (PLANS / "smollm2-duo.json").exists()
     }
     s2 = {
-        f"s2 stride {s}": ("s2", {"stride": s, "local_blocks": n, "dense_every": e})
-        for s, n, e in ((3, 4, 2), (3, 4, 0), (6, 4, 0))
+        f"s2 stride {s}{', every second layer dense' if e else ''}": (
+            "s2",
+            {"stride": s, "local_blocks": n, "dense_every": e},
+        )
+        for s, n, e in ((3, 4, 2), (3, 4, 0))
     }
-    topk = {f"block_topk {k} of 32-blocks": ("block_topk", {"block": 32, "topk": k}) for k in (32, 16, 9)}
+    topk = {f"block_topk {k} of 32-blocks": ("block_topk", {"block": 32, "topk": k}) for k in (16,)}
     slash = {
         f"vertical_slash {v}+{s}": ("vertical_slash", {"vertical": v, "slash": s})
-        for v, s in ((500, 700), (200, 300), (60, 200))
+        for v, s in ((500, 700), (100, 250))
     }
     return {
         "moa": moa,

@@ -373,6 +373,34 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(tmp_path, te
     assert torch.equal(output(loaded, inputs), output(whole.model, inputs))
 
 
+def test_eval_measures_what_finetune_wrote(tmp_path, text, capsys, monkeypatch):
+    from hf_attn_patch.cli import models
+
+    made = run(tmp_path / "out", text)
+    capsys.readouterr()  # the log of Trainer
+    monkeypatch.setattr(models, "load_model", lambda name, dtype="float32": (language_model(), characters()))
+    command = [
+        "eval",
+        "perplexity:tokens=64,context=64",
+        "--model",
+        "x",
+        "--adapter",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code in (0, None)
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"]["active_patches"] and "moh" in found["model"]["active_patches"][0]
+    from hf_attn_patch.eval import run as measure
+
+    here = measure("perplexity:tokens=64,context=64", made.model, characters())["dense"].aggregates[
+        "perplexity"
+    ]
+    assert found["variants"][0]["aggregates"]["perplexity"] == pytest.approx(here, rel=1e-6)
+
+
 def test_routers_alone_and_the_dense_model_with_lora(tmp_path, text):
     alone = run(tmp_path / "router", text, lora=None, steps=1, checkpointing=True)
     assert alone.parameters["patch"] == alone.parameters["trained"]

@@ -22,6 +22,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--patch", "-p", metavar="NAME:key=value,…", help="patch to measure (repeatable)"),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="folder that finetune wrote (patches and LoRA); part of every variant, dense too"),
+    ] = None,
     compare: Annotated[
         str, typer.Option(help="what differences are taken from: dense, or the label of a patch")
     ] = "dense",
@@ -57,6 +61,10 @@ def evaluate(
     if folder is not None:
         _page_can_be_made()  # nor a missing package the run
     loaded, processor = load_model(model, dtype)
+    if adapter is not None:
+        from ..training import load as load_adapters
+
+        loaded = load_adapters(loaded, adapter).eval()
     move(loaded, device)
     with variant_progress(job.name, quiet=as_json or not main) as progress:
         result = run(job, loaded, processor, patches=choices, compare=compare, limit=limit, seed=seed, out=folder,
