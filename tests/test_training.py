@@ -392,7 +392,7 @@ def test_eval_measures_what_finetune_wrote(tmp_path, text, capsys, monkeypatch):
         main(command)
     assert stop.value.code in (0, None)
     found = json.loads(capsys.readouterr().out)
-    assert found["model"]["active_patches"] and "moh" in found["model"]["active_patches"][0]
+    assert found["model"]["active_patches"] and "MoH" in found["model"]["active_patches"][0]
     from hf_attn_patch.eval import run as measure
 
     here = measure("perplexity:tokens=64,context=64", made.model, characters())["dense"].aggregates[
