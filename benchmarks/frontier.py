@@ -101,14 +101,20 @@ def measure_space(model: Any, tokenizer: Any, variants: dict[str, Variant]) -> d
     for label, (name, options) in variants.items():
         with hap.patched(model, name, **options) as handle:
             held = measurements.kv_bytes(model, KV_LENGTH, tokenizer)
-            read = handle.report().density
+            read = share_read(handle.report())
         found[label] = {
             "kv_bytes": held,
             "kv_share": held / dense,
-            "read": 1.0 if read is None else float(read),
+            "read": read,
         }
         print(f"{label}: {found[label]}", flush=True)
     return found
+
+
+def share_read(report: Any) -> float:
+    """Mean share of pairs over all layers; a layer that a patch left alone reads everything."""
+    shares = [s.density if s.density is not None else s.block_density for s in report.sites]
+    return sum(1.0 if share is None else float(share) for share in shares) / len(shares)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
