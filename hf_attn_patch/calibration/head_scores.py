@@ -38,6 +38,10 @@ class HeadScores(Calibrator):
             keyword arguments for the model's forward (``input_ids``, ``pixel_values``, …, as a processor makes them).
 
     The result is sorted by score, JSON of `hf_attn_patch.head_sets`.
+
+    Options:
+        kind: score query heads or KV heads. lengths, samples: tokens, and texts per length. answers: of prompts in the
+        data: the model's own or the given ones (gradient, window_loss). top: heads that the options of the patch take.
     """
 
     name = "head_scores"

@@ -32,6 +32,15 @@ class MoaCalibrator(Calibrator):
     original; see `influence.profile` for why); the influence of each sample is scaled to sum 1 before samples are
     averaged, because a one-word answer has gradients many times those of a page of prose (`balance`); two intervals
     per objective instead of four (`intervals`: 15 programs instead of 51).
+
+    Options:
+        density: mean span of a KV head / length, at every length. lower_ratio: at least this share of it is spent.
+        lengths, samples: tokens and number of texts per profile. extend: longest length the bound holds for (None =
+            twice the longest profile). validate_length, validate_samples, validate_plans: the unseen length (None =
+            between the two longest), texts there, and plans of the Pareto set that are tried on them.
+        per_layer: most different rules in a layer. alphas, betas: grid of rules (None = the published one, scaled).
+            block: tokens per block. answers: ``model`` answers prompts without one itself, ``given`` takes the data's.
+        solve_seconds: limit of one integer program. seed: of texts.
     """
 
     name = "moa"

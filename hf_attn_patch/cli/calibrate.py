@@ -49,6 +49,9 @@ def calibrate(
         list_calibrators(as_json)
         return
     if model is None:
+        import inspect
+
+        out.print(escape(inspect.getdoc(base.get(name.partition(":")[0])) or ""), soft_wrap=True)
         raise base.CalibrationError(f"{name}: which model? Give --model (hub id, folder, testbed:NAME)")
     text = ",".join(option or [])
     job = base.build(f"{name}{',' if ':' in name else ':'}{text}" if text else name, {})
