@@ -1,10 +1,10 @@
 """Quality against the share of the context that is kept or read: SmolLM2-135M, one line of the plot per family.
 
     make frontier                                                    # plans first, then this; hours on 2 cores
-    python benchmarks/frontier.py --only moa,uniform --out /tmp/f    # some families
+    python benchmarks/frontier.py --only "moa,uniform 50 %" --depths 0.1,0.3,0.5,0.7,0.8,0.9 --out DIR    # some of them
 
-Per variant: passkey accuracy over prompts of 0.6k to 4.5k tokens and six depths (through generate and its cache),
-perplexity of 4096 tokens of prose in contexts of 2048, bytes of the KV cache after a prompt of 4096 tokens relative to
+Per variant: passkey accuracy over prompts of 0.6k to 4.5k tokens and three depths (through generate and its cache),
+perplexity of 2048 tokens of prose, bytes of the KV cache after a prompt of 4096 tokens relative to
 dense (measured on the cache object), and the share of causal (query, key) pairs that are read at 4096. Finished items
 are kept in the output folder; the same command goes on where a killed run stopped.
 """
@@ -143,14 +143,19 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "frontier-smollm2"))
-    parser.add_argument("--only", help="families, comma separated")
+    parser.add_argument("--only", help="families or variants, comma separated")
+    parser.add_argument("--depths", default="0.1,0.5,0.9", help="of the number in passkey prompts")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    chosen = {k: v for k, v in families().items() if not options.only or k in options.only.split(",")}
+    only = options.only.split(",") if options.only else None
+    chosen = {
+        family: {label: v for label, v in group.items() if only is None or {family, label} & set(only)}
+        for family, group in families().items()
+    }
     family_of = {label: name for name, group in chosen.items() for label in group}
     variants = {label: spec for group in chosen.values() for label, spec in group.items()}
     model, tokenizer = testbed.load("smollm2")
@@ -163,7 +168,7 @@ def main() -> None:
         task.split(":")[0]: run(
             task, model, tokenizer, patches=variants, out=out / task.split(":")[0], progress=say
         )
-        for task in ("perplexity:tokens=4096,context=2048", "passkey")
+        for task in ("perplexity:tokens=2048,context=2048", f"passkey:depths=[{options.depths}]")
     }
     rows = []
     for label in ["dense", *variants]:

@@ -119,6 +119,11 @@ class Context:
         return self.cache.__dict__.setdefault(MEMORY, {}).setdefault(self._token, {})
 
     @property
+    def scratch(self) -> dict[str, Any]:
+        """Scratch space that lives as long as this forward."""
+        return self._forward
+
+    @property
     def prompt_length(self) -> int | None:
         if "length" in self.override:
             return self.override["length"]

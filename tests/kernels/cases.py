@@ -12,6 +12,7 @@ from hf_attn_patch.kernels.ragged import KVGroup, RaggedKV
 from hf_attn_patch.masks import Mask
 from hf_attn_patch.program import Blend, MassEdit, Program, ScoreEdit
 from hf_attn_patch.rules import BlockSinkWindow, Neighborhood, SinkWindow, StridedShards
+from hf_attn_patch.rules_grid import BlockWindows, Disc
 
 
 def make(
@@ -206,4 +207,21 @@ def all_rules() -> dict[str, tuple[Any, dict[str, Any]]]:
             grid(6, 6, 6, window=3, stride=2, dilation=2, causal=True),
             dict(L=216, causal=False),
         ),
+        "windows": (BlockWindows.of((14, 14), (7, 7), (0, 0), (0, 0), 1), dict(L=197, causal=False)),
+        "windows, shifted and cut": (
+            BlockWindows.of((9, 13), (4, 5), (0, 0), (2, 3), 5),
+            dict(L=122, causal=False),
+        ),
+        "windows with a halo": (
+            BlockWindows.of((18, 17), (8, 8), (3, 1), (0, 0), 1),
+            dict(L=307, causal=False),
+        ),
+        "small windows with a halo": (
+            BlockWindows.of((5, 6, 7), (2, 3, 1), (1, 0, 2), (0, 1, 0), 0),
+            dict(L=210, causal=False),
+        ),
+        "windows 1d": (BlockWindows.of((140,), (30,), (4,), (7,), 3), dict(L=143, causal=False)),
+        "disc": (Disc((18, 17), 5.5, 2), dict(L=308, causal=False)),
+        "disc 1d": (Disc((140,), 9.0, 3), dict(L=143, causal=False)),
+        "ball": (Disc((5, 6, 7), 2.5), dict(L=210, causal=False)),
     }

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import ModelMismatchError
-from ...registry import Patch, option, register_patch
+from ...grids import Grid, GridPatch, configured_grid, per_axis
+from ...registry import option, register_patch
 from ...rules import Neighborhood
-
-if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
 
 
 @register_patch("neighborhood")
 @dataclass
-class NeighborhoodAttention(Patch):
+class NeighborhoodAttention(GridPatch):
     """Generalised neighborhood attention on 1-D, 2-D and 3-D token grids.
 
     Source: Generalized Neighborhood Attention, arXiv 2504.16922; NAT 2204.07143; DiNAT 2209.15001 (NATTEN 0.21.7,
@@ -37,10 +33,6 @@ class NeighborhoodAttention(Patch):
 
     paper = "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light"
     arxiv = "2504.16922"
-    parts = ("vision",)
-    default_part = "vision"
-    needs = frozenset({"grid"})
-    exclusive = frozenset({"token order"})
 
     window: int | tuple[int, ...] = option(7, help="keys per axis (one number, or one per axis)")
     stride: int | tuple[int, ...] = option(
@@ -53,34 +45,14 @@ class NeighborhoodAttention(Patch):
     )
 
     def validate(self) -> None:
-        values = lambda v: v if isinstance(v, tuple) else (v,)
-        self.require(all(w >= 1 for w in values(self.window)) and values(self.window) != (), "window", ">= 1")
-        self.require(all(s >= 1 for s in values(self.stride)), "stride", ">= 1")
-        self.require(all(d >= 1 for d in values(self.dilation)), "dilation", ">= 1")
-        if self.grid is not None:
-            self.require(
-                1 <= len(self.grid) <= 3 and all(g >= 1 for g in self.grid), "grid", "1 to 3 sizes >= 1"
-            )
-            self.rule(self.grid, 0)
+        self.require_sizes("window", "stride", "dilation")
+        self.require_grid()
 
-    def rule(self, grid: tuple[int, ...], prefix: int) -> Neighborhood:
-        """The index rule on `grid`.
-
-        Raises:
-            ModelMismatchError: window, stride or dilation do not fit the grid (the violated bound is named).
-        """
-        axes = len(grid)
-
-        def per_axis(name: str) -> tuple:
-            value = getattr(self, name)
-            value = value if isinstance(value, tuple) else (value,) * axes
-            if len(value) != axes:
-                raise ModelMismatchError(
-                    f"neighborhood: {name}={value} has {len(value)} axes, the grid {grid} has {axes}"
-                )
-            return value
-
-        window, stride, dilation, causal = map(per_axis, ("window", "stride", "dilation", "causal"))
+    def rule(self, grid: Grid, prefix: int) -> Neighborhood:
+        window, stride, dilation, causal = (
+            per_axis(self.name, name, getattr(self, name), grid)
+            for name in ("window", "stride", "dilation", "causal")
+        )
         for axis, (size, w, s, d) in enumerate(zip(grid, window, stride, dilation)):
             if w * d > size:
                 raise ModelMismatchError(
@@ -93,32 +65,14 @@ class NeighborhoodAttention(Patch):
                 )
         return Neighborhood(tuple(grid), window, stride, dilation, causal, prefix)
 
-    def edit(self, program: Program, call: Call) -> None:
-        grid = self.grid
-        if grid is None and call.context is not None:
-            grid = call.context.grid
-        if grid is None:
-            raise ModelMismatchError(
-                f"neighborhood: no pixel values were seen before {call.path} (or its layer is recomputed by gradient "
-                "checkpointing), so the token grid is unknown; pass grid=(height, width)"
-            )
-        tokens = math.prod(grid)
-        prefix = program.q_len - tokens
-        if prefix < 0 or program.mask.kv_len != program.q_len:
-            raise ModelMismatchError(
-                f"neighborhood: {call.path} attends {program.q_len} x {program.mask.kv_len} tokens, which is not the "
-                f"grid {grid} of {tokens} tokens plus prefix tokens (a merging or windowed backbone?)"
-            )
-        program.restrict(self.rule(grid, prefix), call.heads)
-
     @classmethod
     def neutral(cls, model: Any) -> dict[str, Any] | None:
-        grid = _grid(model)
+        grid = configured_grid(model)
         return None if grid is None else {"window": list(grid)}
 
     @classmethod
     def examples(cls, model: Any) -> list[dict[str, Any]]:
-        grid = _grid(model)
+        grid = configured_grid(model)
         if grid is None:
             return []
         small = [max(1, min(3, g)) for g in grid]
@@ -128,18 +82,3 @@ class NeighborhoodAttention(Patch):
         )
         cases.append({"window": small, "causal": [True] + [False] * (len(grid) - 1)})
         return cases
-
-
-def _grid(model: Any) -> tuple[int, ...] | None:
-    """Token grid of a vision model at its configured image size."""
-    config = getattr(model.config, "vision_config", None) or model.config
-    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if not image or not patch:
-        return None
-    tubelet = getattr(config, "tubelet_size", None)
-    size = tuple(image) if isinstance(image, (list, tuple)) else (image, image)
-    if isinstance(tubelet, (list, tuple)):
-        return (config.num_frames // tubelet[0], size[0] // tubelet[1], size[1] // tubelet[2])
-    sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
-    grid = (size[0] // sides[0], size[1] // sides[1])
-    return (config.num_frames // tubelet, *grid) if isinstance(tubelet, int) else grid
