@@ -43,6 +43,7 @@ test: lint
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_attention.py --out benchmarks/results/attention-cpu.csv
 	$(BIN)/python benchmarks/bench_model.py --out benchmarks/results/model-cpu.csv
+	$(BIN)/python benchmarks/bench_plan.py --out benchmarks/results/plan-attention.md
 	$(BIN)/hf-attn-patch eval passkey --model testbed:smollm2 --patch streaming:sinks=4,window=256 \
 		--patch moa:plan=hf_attn_patch/patches/plans/smollm2-demo.json --out benchmarks/results/passkey-smollm2
 
