@@ -129,7 +129,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         style = dict(marker="o", markersize=5, linewidth=1.4, label=family)
         left.plot([r["share"] for r in mine], [r["passkey"] for r in mine], **style)
         right.plot([r["share"] for r in mine], [r["perplexity"] / dense["perplexity"] for r in mine], **style)
-    left.set_ylabel("passkey accuracy, 0.6k to 4.5k tokens")
+    left.set_ylabel("passkey accuracy")
     left.axhline(dense["passkey"], color="grey", linewidth=0.8, linestyle=":")
     right.set_ylabel("perplexity relative to dense")
     right.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
@@ -145,6 +145,10 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "frontier-smollm2"))
     parser.add_argument("--only", help="families or variants, comma separated")
     parser.add_argument("--depths", default="0.1,0.5,0.9", help="of the number in passkey prompts")
+    parser.add_argument("--lengths", default="600,1200,2300,4500", help="of passkey prompts, in tokens")
+    parser.add_argument(
+        "--merge", nargs="*", help="folders of earlier runs that go into the table and the plot too"
+    )
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
     if options.threads:
@@ -168,17 +172,31 @@ def main() -> None:
         task.split(":")[0]: run(
             task, model, tokenizer, patches=variants, out=out / task.split(":")[0], progress=say
         )
-        for task in ("perplexity:tokens=2048,context=2048", f"passkey:depths=[{options.depths}]")
+        for task in (
+            "perplexity:tokens=2048,context=2048",
+            f"passkey:depths=[{options.depths}],lengths=[{options.lengths}]",
+        )
     }
     rows = []
     for label in ["dense", *variants]:
         row = {"label": label, "family": family_of.get(label), **space[label]}
         row["share"] = row["kv_share"] if row["kv_share"] < 0.999 else row["read"]
         row["perplexity"] = results["perplexity"][label].aggregates["perplexity"]
-        row["passkey"] = results["passkey"][label].aggregates["accuracy"]
-        row["passkey_by_length"] = results["passkey"][label].by_group["accuracy"]
+        passkey = results["passkey"]
+        facts = [(int(f["length"]), float(f["depth"])) for f in passkey.facts]
+        row["found"] = [[*f, s] for f, s in zip(facts, passkey[label].scores["accuracy"])]
         rows.append(row)
     (out / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for folder in options.merge or []:
+        others = json.loads((Path(folder) / "frontier.json").read_text())
+        rows += [r for r in others if r["label"] not in {mine["label"] for mine in rows}]
+    order = list(families())
+    rows.sort(key=lambda r: order.index(r["family"]) if r["family"] else -1)
+    common = set.intersection(*({(n, d) for n, d, _ in r["found"]} for r in rows))
+    for r in rows:
+        asked = [(n, s) for n, d, s in r["found"] if (n, d) in common]
+        r["passkey"] = sum(s for _, s in asked) / len(asked)
+        r["by_length"] = {n: [s for m, s in asked if m == n] for n in sorted({n for n, _ in asked})}
     plot(rows, out / "frontier.png")
     dense = rows[0]["perplexity"]
     lines = [
@@ -186,7 +204,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        by = ", ".join(f"{k}: {v:.2f}" for k, v in r["passkey_by_length"].items())
+        by = ", ".join(f"{n}: {sum(s):.0f}/{len(s)}" for n, s in r["by_length"].items())
         lines.append(
             f"| {r['label']} | {r['kv_share']:.2f} | {r['read']:.2f} | {r['perplexity']:.2f} | "
             f"{r['perplexity'] / dense:.3f} | {r['passkey']:.2f} | {by} |"

@@ -507,7 +507,7 @@ def _apply(model: nn.Module, made: Plan, layers: Selector, heads: Selector) -> P
     fresh, state = known is None, known or State(base)
     names = {e.key for e in state.entries}
     key, number = made.config.name, 2
-    while key in names:
+    while key in names or hasattr(nn.ModuleDict, key):  # a child called "clear" or "keys" would hide a method
         key, number = f"{made.config.name}_{number}", number + 1
     entry = Entry(
         key, made.config, made.part, selection.plain(layers), selection.plain(heads), made.impl, made.cache,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .errors import ModelMismatchError
 from .masks import Mask
 from .rules import OnHeads, Rule, intersect
 
@@ -126,6 +127,7 @@ class Program:
             bound: `kernels/triton/int8.py`); off by default.
         share: of the blocks that could be read, how many a dynamic rule chose (0-d tensor, for reports).
         operator: what replaces softmax attention; only "softmax" so far.
+        mixture: the last E keys are no tokens (`append`), and this is what they are made of: [B|1, H|1, E, tokens].
         observers: called with (program, output [B, H, L, Dv]) when the call is done (calibration, statistics).
     """
 
@@ -150,6 +152,7 @@ class Program:
     operator: str = "softmax"
     dropout: float = 0.0
     need_weights: bool = False
+    mixture: Tensor | None = None
     observers: list[Callable[[Program, Tensor], None]] = field(default_factory=list)
 
     # -- shapes ---------------------------------------------------------------------------------------------
@@ -209,6 +212,42 @@ class Program:
         """This call on the keys of `rule` only, before blends and gate: the target of a `Blend` with a rule."""
         rules = [*self.rules, rule]
         return replace(self, rules=rules, blends=[], head_gate=None, gate_is_sparse=False, observers=[])
+
+    def append(self, key: Tensor, value: Tensor, mixture: Tensor | None = None) -> None:
+        """Put E more keys behind the S tokens of a bidirectional call. Every row sees them; a rule says who reads them.
+
+        Args:
+            key, value: [B, Hkv, E, D|Dv]. mixture: [B|1, H|1, E, S], the weights of the tokens in each of them, so that
+            attention probabilities can be told in terms of tokens; needed only with `need_weights`.
+
+        Raises:
+            ModelMismatchError: mask, bias or key classes were made for the tokens alone.
+        """
+        mask = self.mask
+        if (
+            self.ragged
+            or self.key_class is not None
+            or self.position_bias is not None
+            or self.mixture is not None
+        ):
+            reason = "its position bias, key classes or cache were made for its tokens"
+        elif mask.restricts or mask.kv_offset:
+            reason = f"its mask {mask} says who sees which token"
+        else:
+            self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)  # type: ignore[list-item]
+            self.mask = Mask(
+                mask.batch, mask.q_len, self.key.shape[2], q_offset=mask.q_offset, device=mask.device
+            )
+            self.mixture = mixture
+            return
+        raise ModelMismatchError(f"no keys can be added to this attention call: {reason}")
+
+    def of_tokens(self, weights: Tensor) -> Tensor:
+        """Probabilities [B, H, L, S + E] with those of appended keys given to their tokens: [B, H, L, S]."""
+        if self.mixture is None:
+            return weights
+        extra, tokens = self.mixture.shape[-2:]
+        return weights[..., :tokens] + weights[..., tokens : tokens + extra] @ self.mixture.to(weights.dtype)
 
     def observe(self, observer: Callable[[Program, Tensor], None]) -> None:
         """Call `observer` with this program, all edits in it, and the output [B, H, L, Dv] of the executor."""

@@ -107,6 +107,7 @@ def attention(program: Program, impl: str = "auto") -> Result:
         if reason is None:
             output, weights = executor(name).run(program)
             text = "forced" if impl != "auto" else "; ".join(refusals) or "first choice"
-            return Result(output, weights if program.need_weights else None, name, text)
+            asked = program.need_weights and weights is not None
+            return Result(output, program.of_tokens(weights) if asked else None, name, text)
         refusals.append(f"not {name}: {reason}")
     raise UnsupportedProgram(f"impl={impl!r} cannot run {program}: {'; '.join(refusals)}")

@@ -114,9 +114,16 @@ BUILTIN: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {
     ),
     "clear": (
         "hf_attn_patch.patches.vision.clear:Clear",
-        "Attention to the tokens in a disc around each token (CLEAR)",
+        "Attention to the tokens in a disc around each token, and optionally to a coarse copy of the image (CLEAR)",
         "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up",
         "2412.16112",
+        ("vision",),
+    ),
+    "agent": (
+        "hf_attn_patch.patches.vision.agent:AgentAttention",
+        "Attention through agents: pooled queries read all keys, and the patches read the agents",
+        "Agent Attention: On the Integration of Softmax and Linear Attention",
+        "2312.08874",
         ("vision",),
     ),
     "kk_attention": (

@@ -1,0 +1,146 @@
+"""Token grids: which grid an attention call works on, what a rule on it saves, and the base of methods tied to one."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelMismatchError
+from .registry import Patch
+
+if TYPE_CHECKING:
+    from .dispatch import Call
+    from .program import Program
+    from .rules import Rule
+    from .sites import Site
+
+Grid = tuple[int, ...]
+TILE = 64  # tokens per side of the blocks that kernels skip
+
+
+def configured_grid(model: Any) -> Grid | None:
+    """Token grid of a vision model at its configured image size; None where the config does not say."""
+    config = getattr(model.config, "vision_config", None) or model.config
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if not image or not patch:
+        return None
+    tubelet = getattr(config, "tubelet_size", None)
+    size = tuple(image) if isinstance(image, (list, tuple)) else (image, image)
+    if isinstance(tubelet, (list, tuple)):
+        return (config.num_frames // tubelet[0], size[0] // tubelet[1], size[1] // tubelet[2])
+    sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
+    grid = (size[0] // sides[0], size[1] // sides[1])
+    return (config.num_frames // tubelet, *grid) if isinstance(tubelet, int) else grid
+
+
+def call_grid(name: str, given: Grid | None, program: Program, call: Call) -> tuple[Grid, int]:
+    """(grid, prefix tokens) of an attention call; `given` overrides what was seen of the pixel values.
+
+    Raises:
+        ModelMismatchError: the grid is unknown, or the tokens of the call are not that grid plus prefix tokens.
+    """
+    grid = given
+    if grid is None and call.context is not None:
+        grid = call.context.grid
+    if grid is None:
+        raise ModelMismatchError(
+            f"{name}: no pixel values were seen before {call.path} (or its layer is recomputed by gradient "
+            "checkpointing), so the token grid is unknown; pass grid=(height, width)"
+        )
+    tokens = math.prod(grid)
+    prefix = program.q_len - tokens
+    if prefix < 0 or program.mask.kv_len != program.q_len:
+        raise ModelMismatchError(
+            f"{name}: {call.path} attends {program.q_len} x {program.mask.kv_len} tokens, which is not the "
+            f"grid {grid} of {tokens} tokens plus prefix tokens (a merging or windowed backbone?)"
+        )
+    return grid, prefix
+
+
+def per_axis(name: str, option: str, value: Any, grid: Grid) -> tuple[Any, ...]:
+    """`value` as one number per axis of `grid`.
+
+    Raises:
+        ModelMismatchError: it has another number of axes.
+    """
+    value = value if isinstance(value, tuple) else (value,) * len(grid)
+    if len(value) != len(grid):
+        raise ModelMismatchError(
+            f"{name}: {option}={value} has {len(value)} axes, the grid {grid} has {len(grid)}"
+        )
+    return value
+
+
+def saves_nothing(rule: Rule, grid: Grid) -> str | None:
+    """Sentence for a rule that leaves keys out but no whole tile of them; None if it saves time or reads everything."""
+    from .kernels.layout import layout_for
+
+    length = rule.required_len()
+    if length is None:
+        return None
+    elements, blocks = layout_for(rule, length, length, block_q=TILE, block_k=TILE).density()
+    if elements == 1 or blocks < 1:
+        return None
+    way_out = "use larger images" if length <= TILE else "let blocks of queries share keys (swin_window)"
+    return (
+        f"this window on the grid {grid} saves 0 %: it reads {elements:.0%} of the keys, but every {TILE}-token tile "
+        f"is touched, and a kernel skips whole tiles only; to save time, {way_out}"
+    )
+
+
+class GridPatch(Patch):
+    """Base of methods whose rule is tied to the token grid; a subclass has a `grid` option and says `rule`."""
+
+    parts = ("vision",)
+    default_part = "vision"
+    needs = frozenset({"grid"})
+    exclusive = frozenset({"token order"})
+
+    def rule(self, grid: Grid, prefix: int) -> Rule:
+        """The index rule on `grid`.
+
+        Raises:
+            ModelMismatchError: the options do not fit the grid (the violated bound is named).
+        """
+        raise NotImplementedError
+
+    @property
+    def given(self) -> Grid | None:
+        """The grid that the user named, if any."""
+        return getattr(self, "grid", None)
+
+    def require_sizes(self, *options: str, least: int = 1) -> None:
+        """Check options that hold one size, or one per axis.
+
+        Raises:
+            ConfigError: a size below `least`, or no size at all.
+        """
+        for option in options:
+            value = getattr(self, option)
+            value = value if isinstance(value, tuple) else (value,)
+            self.require(value != () and all(v >= least for v in value), option, f">= {least}")
+
+    def require_grid(self) -> None:
+        """Check the `grid` option, if it is set; call it last in `validate`.
+
+        Raises:
+            ConfigError: other than 1 to 3 axes. ModelMismatchError: the other options do not fit the grid.
+        """
+        if self.given is not None:
+            fits = 1 <= len(self.given) <= 3 and all(g >= 1 for g in self.given)
+            self.require(fits, "grid", "1 to 3 sizes >= 1")
+            self.rule(self.given, 0)
+
+    def check_model(self, model: Any, sites: list[Site]) -> list[str]:
+        grid = self.given or configured_grid(model)
+        if grid is None:
+            return []
+        try:
+            note = saves_nothing(self.rule(grid, 0), grid)
+        except ModelMismatchError as error:  # other images may have another grid
+            return [f"images of the configured size will be refused: {error}"]
+        return [] if note is None else [note]
+
+    def edit(self, program: Program, call: Call) -> None:
+        grid, prefix = call_grid(self.name, self.given, program, call)
+        program.restrict(self.rule(grid, prefix), call.heads)
