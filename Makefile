@@ -47,7 +47,7 @@ bench: $(STAMP)
 	$(BIN)/hf-attn-patch eval passkey --model testbed:smollm2 --patch streaming:sinks=4,window=256 \
 		--patch moa:plan=hf_attn_patch/patches/plans/smollm2-demo.json --out benchmarks/results/passkey-smollm2
 
-# plans of SmolLM2 by calibration (about 40 minutes on 2 cores; interrupted, it goes on where it stopped)
+# plans of SmolLM2 by calibration (about 35 minutes on a shared core; interrupted, it goes on where it stopped)
 plans: $(STAMP)
 	mkdir -p benchmarks/plans
 	for density in 50 30 25; do $(BIN)/hf-attn-patch calibrate moa:density=0.$$density --model testbed:smollm2 \
