@@ -191,7 +191,7 @@ def main() -> None:
         others = json.loads((Path(folder) / "frontier.json").read_text())
         rows += [r for r in others if r["label"] not in {mine["label"] for mine in rows}]
     order = list(families())
-    rows.sort(key=lambda r: order.index(r["family"]) if r["family"] else -1)
+    rows.sort(key=lambda r: (order.index(r["family"]) if r["family"] else -1, -r["share"]))
     common = set.intersection(*({(n, d) for n, d, _ in r["found"]} for r in rows))
     for r in rows:
         asked = [(n, s) for n, d, s in r["found"] if (n, d) in common]
