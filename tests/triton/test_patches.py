@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 NO_KERNEL = {
     "block_topk",
     "moba",
-    "quest",  # their examples choose per query; tests/test_block_topk.py has blocks of queries
+    "quest",
+    "xattention",  # their examples choose per query; tests/test_block_topk.py has blocks of queries
     "vertical_slash",  # refused, and says why: tests/test_vertical_slash.py
     "hgai",  # the mean over heads needs every head's scores at once: refused in kernels/triton/__init__.py
 }
