@@ -11,6 +11,9 @@ import torch
 from hf_attn_patch.calibration import plan_search
 from hf_attn_patch.calibration.calibrator import CalibrationError
 from hf_attn_patch.calibration.influence import block_influence, influence, influence_of
+from hf_attn_patch.calibration.moa import MoaCalibrator, scaled
+from hf_attn_patch.errors import ConfigError
+from hf_attn_patch.patches.sparse.moa import MoA
 from tests.test_golden import read
 
 
@@ -151,3 +154,40 @@ def test_a_larger_window_never_loses_more():
     gen = np.random.default_rng(0)
     loss = plan_search.losses(np.tril(gen.random((3, 12, 12))), np.arange(1, 14))
     assert (np.diff(loss, axis=-1) <= 1e-12).all() and np.allclose(loss[:, -2:], 0)
+
+
+def test_measured_losses_scale_the_influence_of_a_head_and_keep_its_shape():
+    gen = np.random.default_rng(0)
+    maps = [np.tril(gen.random((2, 3, n, n))) for n in (16, 32)]
+    measured = np.array([[0.5, 0.02, -0.01], [0.1, -0.03, 0.04]])
+    out = scaled(maps, measured, block=64)
+    lost = np.stack([plan_search.losses(layer, np.array([3]))[:, 0] for layer in out[0]])
+    # heads below the noise (mean size of what came out negative: 0.02) count as the noise
+    np.testing.assert_allclose(lost, [[0.5, 0.02, 0.02], [0.1, 0.02, 0.04]])
+    for before, after in zip(maps, out):
+        ratio = after.sum((-2, -1)) / before.sum((-2, -1))
+        np.testing.assert_allclose(after, before * ratio[..., None, None])
+
+
+@pytest.mark.parametrize(
+    "change, found", [("objective", "5"), ("missing", "5 of them"), ("kind", "0 of them")]
+)
+def test_measured_wants_the_window_loss_of_every_kv_head(change, found):
+    table = {
+        "objective": "gradient" if change == "objective" else "window_loss",
+        "kind": "q" if change == "kind" else "kv",
+        "heads": [{"layer": i // 2, "head": i % 2, "score": 0.1} for i in range(6 - (change != "kind"))],
+    }
+    with pytest.raises(CalibrationError, match=f"{found}.*calibrate head_scores"):
+        MoaCalibrator(measured=table)._measured(3, 2)
+
+
+def test_texts_shorter_than_the_profiles_get_the_spans_of_the_shortest():
+    plan = {"alphas": [[-448.0, 64.0]], "betas": [[0.75, 0.125]]}
+    free, held = MoA(plan=plan), MoA(plan={**plan, "shortest": 1024})
+    for patch in (free, held):
+        patch.validate()
+    assert free.kv_rules(0, 2, 608) == [128, 192] and held.kv_rules(0, 2, 608) == [320, 192]
+    assert free.kv_rules(0, 2, 2048) == held.kv_rules(0, 2, 2048)
+    with pytest.raises(ConfigError, match="shortest"):
+        MoA(plan={**plan, "shortest": -1}).validate()

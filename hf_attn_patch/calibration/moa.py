@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .. import head_sets
 from ..errors import ModelMismatchError
 from ..sites import base_model, find_sites
 from . import plan_search
@@ -40,6 +41,10 @@ class MoaCalibrator(Calibrator):
             between the two longest), texts there, and plans of the Pareto set that are tried on them.
         per_layer: most different rules in a layer. alphas, betas: grid of rules (None = the published one, scaled).
             block: tokens per block. answers: ``model`` answers prompts without one itself, ``given`` takes the data's.
+        measured: a head set of ``head_scores:objective=window_loss,kind=kv`` (path or JSON). The influence of each KV
+            head is then scaled so that what it predicts for a window of 256 is the loss that was measured with that
+            window in that head alone; the shape over distance stays. Ours: first-order influence ranks the heads of
+            SmolLM2-135M too evenly, one of ninety carries most of the retrieval.
         solve_seconds: limit of one integer program. seed: of texts.
     """
 
@@ -64,6 +69,7 @@ class MoaCalibrator(Calibrator):
     answers: Literal["model", "given"] = "model"
     rows: Literal["answer", "all"] = "answer"
     balance: bool = True
+    measured: Any = None
     solve_seconds: float = 20.0
     seed: int = 0
 
@@ -93,6 +99,7 @@ class MoaCalibrator(Calibrator):
         from .pictures import draw_front, draw_plan
 
         layers, kv_heads = shape_of(model, self.name)
+        measured = None if self.measured is None else self._measured(layers, kv_heads)
         if tokenizer is None:
             raise CalibrationError("moa: needs the tokenizer of the model (tokenizer=)")
         unseen = (
@@ -119,6 +126,8 @@ class MoaCalibrator(Calibrator):
                 progress(step, done, len(chosen))
             maps.append(mean_of(parts, self.balance))
 
+        if measured is not None:
+            maps = scaled(maps, measured, self.block)
         rules = self.rules()
         search = self.search(maps, rules)
         front = self._front(search, work, progress)
@@ -196,7 +205,27 @@ class MoaCalibrator(Calibrator):
             "betas": pairs[..., 1].tolist(),
             "model": name,
             "density": self.density,
+            "shortest": self.lengths[0],
         }
+
+    def _measured(self, layers: int, kv_heads: int) -> np.ndarray:
+        """Measured loss of each KV head, [layers, Hkv].
+
+        Raises:
+            CalibrationError: not a full table of window losses of KV heads.
+        """
+        found = head_sets.read(head_sets.plain(self.measured, self.name), self.name)
+        table = np.full((layers, kv_heads), np.nan)
+        for head in found.heads:
+            if head.kind == "kv" and head.score is not None and head.layer < layers and head.head < kv_heads:
+                table[head.layer, head.head] = head.score
+        if found.objectives != ("window_loss",) or np.isnan(table).any():
+            raise CalibrationError(
+                f"moa: measured needs the window loss of all {layers} x {kv_heads} KV heads, found "
+                f"{int((~np.isnan(table)).sum())} of them, objective {', '.join(found.objectives) or 'none'}. "
+                "Make it with 'hf-attn-patch calibrate head_scores:objective=window_loss,kind=kv'"
+            )
+        return table
 
     def _pairs(self, plan: plan_search.Plan, rules: plan_search.RuleSet) -> np.ndarray:
         index = plan.rules.ravel()
@@ -316,6 +345,23 @@ def mean_of(parts: Sequence[np.ndarray], balance: bool) -> np.ndarray:
         n = part.shape[-1]
         total[..., :n, :n] += part / (part.sum() if balance else 1.0) / len(parts)
     return total
+
+
+def scaled(
+    maps: Sequence[np.ndarray], measured: np.ndarray, block: int, window: int = 256
+) -> list[np.ndarray]:
+    """Influence maps [layers, Hkv, nb, nb] scaled so that, at the shortest length, the influence each head loses with
+    a window of `window` keys is its `measured` loss [layers, Hkv].
+
+    Losses below the noise (the mean size of those that came out negative) count as the noise, so that the influence
+    still orders the heads in which nothing was measured.
+    """
+    below = measured[measured < 0]
+    noise = float(-below.mean()) if below.size else float(np.abs(measured).min())
+    local = np.array([max(window // block - 1, 1)])
+    predicted = np.stack([plan_search.losses(layer, local)[:, 0] for layer in maps[0]])
+    weight = np.maximum(measured, noise) / np.maximum(predicted, predicted[predicted > 0].min())
+    return [m * weight[..., None, None] for m in maps]
 
 
 def plain(chosen: Sequence[Sample]) -> list[dict[str, Any]]:

@@ -43,7 +43,9 @@ class MoA(Patch):
 
     Plan: the official JSON, ``{"alphas": [[float] * heads] * layers, "betas": ...}``, as a path or a dict. For
     GQA a plan may give one rule per KV head; a rule per query head is turned into the largest span of its group,
-    because a KV head can only be evicted once for its whole group.
+    because a KV head can only be evicted once for its whole group. ``"shortest": tokens`` in the plan (written by
+    our calibration, absent in official plans) is the shortest length the rules were found on: texts below it get
+    the spans of that length, because a rule with a negative alpha would extrapolate to spans nobody looked at.
 
     Differs from the original code: prefill uses the token formula above, so that prompt and decode agree;
     ``prefill="block"`` gives the original kernel's block-granular layout. GQA and left padding work (the original
@@ -72,6 +74,7 @@ class MoA(Patch):
         "token", help="layout of the prompt: token formula or 64-blocks"
     )
     _table: Any = field(default=None, init=False, repr=False, compare=False)
+    _shortest: int = field(default=0, init=False, repr=False, compare=False)
 
     def validate(self) -> None:
         self.require(self.sinks >= 0, "sinks", ">= 0")
@@ -88,6 +91,10 @@ class MoA(Patch):
             except json.JSONDecodeError as error:
                 raise ConfigError(f"moa: plan file {file} is not valid JSON: {error}") from error
         self._table = self._read_plan(self.plan)
+        shortest = self.plan.get("shortest", 0) if isinstance(self.plan, dict) else 0
+        if not isinstance(shortest, int) or shortest < 0:
+            raise ConfigError(f"moa: shortest of a plan is a length in tokens, found {shortest!r}")
+        self._shortest = shortest
 
     def _read_plan(self, plan: Any) -> list[list[tuple[float, float]]]:
         if not isinstance(plan, dict) or not {"alphas", "betas"} <= set(plan):
@@ -145,6 +152,7 @@ class MoA(Patch):
 
     def kv_rules(self, layer: int, num_kv_heads: int, length: int) -> list[int]:
         """Span in tokens of each KV head at elastic length `length`: the largest of its group."""
+        length = max(length, self._shortest)
         sizes = [span_size(a, b, length, self.block, self.smallest) for a, b in self._table[layer]]
         group = len(sizes) // num_kv_heads
         return [max(sizes[g * group : (g + 1) * group]) for g in range(num_kv_heads)]
