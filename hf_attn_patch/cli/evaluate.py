@@ -22,6 +22,13 @@ def evaluate(
         list[str] | None,
         typer.Option("--patch", "-p", metavar="NAME:key=value,…", help="patch to measure (repeatable)"),
     ] = None,
+    decoding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:key=value,…",
+            help="two-stream decoding to measure: vcd, icd, m3id, sid, pai, agla (repeatable)",
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(help="folder that finetune wrote (patches and LoRA); part of every variant, dense too"),
@@ -56,26 +63,26 @@ def evaluate(
     from .progress import variant_progress
 
     job, choices = make_task(task, lengths, batch_size), list(patch or [])
-    resolve(choices)  # a typo should not cost the loading of a model
+    resolve(choices, decoding or [])  # a typo should not cost the loading of a model
     main = is_main()
     if folder is not None:
         _page_can_be_made()  # nor a missing package the run
-    loaded, processor = load_model(model, dtype)
+    loaded, processor = load_model(model, dtype, job.takes)
     if adapter is not None:
         from ..training import load as load_adapters
 
         loaded = load_adapters(loaded, adapter).eval()
     move(loaded, device)
     with variant_progress(job.name, quiet=as_json or not main) as progress:
-        result = run(job, loaded, processor, patches=choices, compare=compare, limit=limit, seed=seed, out=folder,
-                     progress=progress)  # fmt: skip
+        result = run(job, loaded, processor, patches=choices, decodings=decoding or [], compare=compare, limit=limit,
+                     seed=seed, out=folder, progress=progress)  # fmt: skip
     if not main:
         return
     if folder is not None:
         from ..eval.result import jsonable
         from ..report import evaluation
 
-        evaluation.write(jsonable(result.to_dict()), folder / "index.html")
+        evaluation.write(jsonable(result.to_dict()), folder / "index.html", result.attachments)
     if as_json:
         typer.echo(result.to_json())
         return

@@ -8,8 +8,8 @@ from typing import Any
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer or image processor or None).
+def load_model(name: str, dtype: str = "float32", takes: str = "tokenizer") -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer or image processor or None; the processor of both if `takes` is "processor").
 
     Raises:
         ValueError: unknown dtype, or nothing is to be found under `name`. TestbedError, TinyError: see there.
@@ -28,10 +28,10 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         from ..testbed.tiny import tiny_model
 
         return tiny_model(rest).to(number_format).eval(), None
-    return _from_pretrained(name, number_format)
+    return _from_pretrained(name, number_format, takes)
 
 
-def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
+def _from_pretrained(name: str, dtype: Any, takes: str = "tokenizer") -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto import modeling_auto as auto
 
@@ -58,7 +58,7 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
             break
     else:
         model = AutoModel.from_pretrained(source, dtype=dtype)
-    return model.eval(), _processor(source, model)
+    return model.eval(), _processor(source, model, takes)
 
 
 def _is_backbone(config: Any, table: Any) -> bool:
@@ -68,12 +68,14 @@ def _is_backbone(config: Any, table: Any) -> bool:
     return bool(config.architectures) and not set(config.architectures) & set(names)
 
 
-def _processor(source: str, model: Any) -> Any:
-    from transformers import AutoImageProcessor, AutoTokenizer
+def _processor(source: str, model: Any, takes: str) -> Any:
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     kinds: list[Any] = [AutoTokenizer, AutoImageProcessor]
     if getattr(model, "main_input_name", "") == "pixel_values":
         kinds.reverse()
+    if takes == "processor":
+        kinds.insert(0, AutoProcessor)
     for kind in kinds:
         try:
             return kind.from_pretrained(source)

@@ -63,11 +63,16 @@ def generate(model: Any, processor: Any, prompts: Sequence[Prompt]) -> list[str]
     """
     import torch
 
+    from ..decoding import processors
+
     pad = pad_token(processor)
     length, new = max(len(p.ids) for p in prompts), max(p.new for p in prompts)
     rows = [[pad] * (length - len(p.ids)) + list(p.ids) for p in prompts]
     mask = [[0] * (length - len(p.ids)) + [1] * len(p.ids) for p in prompts]
     ids = torch.tensor(rows, device=model.device)
+    second = processors(
+        model, {"input_ids": ids}, processor=processor
+    )  # a decoding that is on refuses text here
     with torch.inference_mode():
         out = model.generate(
             input_ids=ids,
@@ -77,6 +82,7 @@ def generate(model: Any, processor: Any, prompts: Sequence[Prompt]) -> list[str]
             num_beams=1,
             pad_token_id=pad,
             stopping_criteria=_stopping(processor, prompts, length),
+            logits_processor=second,
         )
     ends = _end_tokens(model, processor)
     answers = []

@@ -12,32 +12,39 @@ from typing import Any
 
 from .. import api
 from ..env import command_line, environment
+from . import variants as variant_kinds
 from .journal import Journal, fingerprint
 from .measure import Progress, measure
+from .neutral import compare as compare_neutral
+from .neutral import known_answers
 from .result import Result, Variant
 from .specs import PatchSpec, SpecError, parse_patch_spec, parse_task_spec
-from .stats import paired_bootstrap
+from .stats import paired_bootstrap, split
 from .task import Task
 from .team import Team
 from .team import find as find_team
 
 DENSE = "dense"
+MOST_ATTACHMENTS = 100  # items that a page shows with their picture
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One patch to measure. what: name or config object for `hap.patch`; options: its keyword arguments."""
+    """One patch (or two-stream decoding) to measure. what: name or config object for `hap.patch`; options: its keyword
+    arguments. kind: ``patch`` or ``decoding``."""
 
     label: str
     what: Any
     options: dict[str, Any]
+    kind: str = "patch"
 
     def to_dict(self) -> dict[str, Any]:
         config = asdict(self.what) if is_dataclass(self.what) and not isinstance(self.what, type) else {}
         name = (
             self.what if isinstance(self.what, str) else getattr(self.what, "name", type(self.what).__name__)
         )
-        return {"name": name, "options": {**config, **self.options}}
+        kind = {} if self.kind == "patch" else {"kind": self.kind}
+        return {"name": name, "options": {**config, **self.options}, **kind}
 
 
 def run(
@@ -46,6 +53,7 @@ def run(
     processor: Any = None,
     *,
     patches: Sequence[Any] | Mapping[str, Any] = (),
+    decodings: Sequence[str] = (),
     compare: str = DENSE,
     limit: int | None = None,
     seed: int = 0,
@@ -63,6 +71,7 @@ def run(
         task: name, ``name:key=value,…`` or a `Task`. processor: tokenizer or image processor of the model.
         patches: each a name, ``name:key=value,…``, a config object, or (name or object, options of `hap.patch`); a
             mapping gives labels of its own.
+        decodings: two-stream methods (`hf_attn_patch.decoding`), each ``name:key=value,…``: variants of their own.
         compare: label that differences are taken from: ``dense``, or the label of a patch.
         limit: only the first items. seed: of items and bootstrap. out: folder to write ``result.json`` to. Finished
             items are kept there in ``items.jsonl``: the same call after a kill goes on where it stopped.
@@ -78,14 +87,14 @@ def run(
     """
     started, clock = datetime.datetime.now().astimezone(), time.perf_counter()
     job: Task = parse_task_spec(task) if isinstance(task, str) else task
-    choices = resolve(patches)
+    choices = resolve(patches, decodings)
     labels = [DENSE, *(c.label for c in choices)]
     if compare not in labels:
         raise SpecError(f"compare={compare!r} is none of the variants: {', '.join(labels)}.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
     for choice in choices:
-        api.plan(model, choice.what, **choice.options)  # every refusal comes before the first second of work
+        variant_kinds.check(model, choice)  # every refusal comes before the first second of work
 
     carried = [str(handle) for handle in api.active(model)]
     with evaluating(model):
@@ -98,18 +107,40 @@ def run(
         known = journal.known()
         reference = job.reference(model, items)
         states: list[tuple[str, Any]] = [(DENSE, None), *((c.label, c) for c in choices)]
-        variants = measure(job, model, processor, states, items, reference, progress, journal, team)
+        batches = job.neutral_batches(job.batches(items))
+        neutral = {c.label: variant_kinds.neutral(model, c) for c in choices}
+        again = [
+            Choice(f"{c.label} at neutral", name, options, c.kind)
+            for c in choices
+            for name, options in [neutral[c.label]]
+            if batches and options is not None
+        ]
+        states += [(c.label, c) for c in again]
+        only = {c.label: batches for c in again}
+        variants, partial = measure(
+            job, model, processor, states, items, reference, progress, journal, team, only
+        )
     base = next(v for v in variants if v.label == compare)
     for variant in variants:
         summarise(variant, base, job, weights, groups, seed)
+        if variant.answers is not None:
+            found = [job.marks(item, answer) for item, answer in zip(items, variant.answers)]
+            variant.marks = found if any(found) else None
+    dense = known_answers(variants[0])
+    checks = [
+        compare_neutral(c.label, neutral[c.label][1], dense, partial.get(f"{c.label} at neutral", {}))
+        for c in choices
+        if hasattr(job, "neutral")
+    ]
 
     notes = [
         f"the model already carried {text}; this is part of all variants, dense included" for text in carried
     ]
     if known:
-        notes.append(
-            f"{known} of {len(items) * len(labels)} scores are from an earlier start ({out}/items.jsonl)"
-        )
+        total = len(items) * len(labels) + sum(map(len, batches)) * len(again)
+        notes.append(f"{known} of {total} scores are from an earlier start ({out}/items.jsonl)")
+    for variant in variants:
+        notes += [f"{variant.label}: {text}" for text in job.remarks(items, variant.answers or [])]
     if team.size > 1:
         notes.append(f"shared by {team.size} processes")
     result = Result(
@@ -129,6 +160,8 @@ def run(
         started=started.isoformat(timespec="seconds"),
         seconds=time.perf_counter() - clock,
         notes=notes,
+        checks=checks,
+        attachments=job.attachments(items, MOST_ATTACHMENTS),
     )
     if out is not None and team.rank == 0:
         result.save(out)
@@ -156,8 +189,8 @@ def _journal(
     return journal
 
 
-def resolve(patches: Sequence[Any] | Mapping[str, Any]) -> list[Choice]:
-    """Patches in any accepted form as `Choice` objects with distinct labels.
+def resolve(patches: Sequence[Any] | Mapping[str, Any], decodings: Sequence[str] = ()) -> list[Choice]:
+    """Patches in any accepted form, and decodings as text, as `Choice` objects with distinct labels.
 
     Raises:
         SpecError: a form that is not accepted, or two patches of one label.
@@ -166,8 +199,11 @@ def resolve(patches: Sequence[Any] | Mapping[str, Any]) -> list[Choice]:
         patches = [patches]
     named = list(patches.items()) if isinstance(patches, Mapping) else [(None, p) for p in patches]
     choices: list[Choice] = []
-    for label, patch in named:
-        choice = _choice(patch, label)
+    wanted = [_choice(patch, label) for label, patch in named]
+    wanted += [
+        Choice(*variant_kinds.decoding_choice(text), kind=variant_kinds.DECODING) for text in decodings
+    ]
+    for choice in wanted:
         if choice.label == DENSE or any(c.label == choice.label for c in choices):
             raise SpecError(
                 f"two variants are called {choice.label!r}. Give labels of your own: patches={{label: patch}}."
@@ -205,18 +241,18 @@ def summarise(
     import numpy as np
 
     w = None if weights is None else np.asarray(weights)
+    columns = {name: np.asarray(v, dtype=np.float64) for name, v in variant.scores.items()}
     for metric in job.metrics:
-        scores = np.asarray(variant.scores[metric.name], dtype=np.float64)
-        variant.aggregates[metric.name] = float(metric.of(scores, w))
+        parts = split(metric, len(next(iter(columns.values()))), groups)
+        variant.aggregates[metric.name] = float(metric.at(columns, w, parts))
         if groups is not None:
             names = np.asarray(groups)
             variant.by_group[metric.name] = {
-                g: float(metric.of(scores[names == g], None if w is None else w[names == g]))
-                for g in dict.fromkeys(groups)
+                g: float(metric.at(columns, w, [np.flatnonzero(names == g)])) for g in dict.fromkeys(groups)
             }
         if variant is not base:
             variant.difference[metric.name] = paired_bootstrap(
-                base.scores[metric.name], variant.scores[metric.name], metric, weights, seed=seed
+                base.scores, variant.scores, metric, weights, groups=groups, seed=seed
             )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .. import api
 from .journal import Journal
 from .result import Variant
 from .task import Task
 from .team import Team
+from .variants import applied
 
 Progress = Callable[[str, int, int], None]  # (variant label, items done, items in all)
 State = tuple[str, Any]  # label, and the patch as `harness.Choice` or None
@@ -27,8 +26,15 @@ def measure(
     progress: Progress | None,
     journal: Journal,
     team: Team,
-) -> list[Variant]:
+    only: Mapping[str, list[list[int]]] | None = None,
+) -> tuple[list[Variant], dict[str, dict[int, Any]]]:
     """Scores of `items` in every state, in their order; what `journal` knows already costs no forward.
+
+    Args:
+        only: label -> the batches that this state is run on; the others are run on all.
+
+    Returns:
+        The variants that saw every item, and label -> finished items of those that did not.
 
     Raises:
         ValueError: the task's batches do not hold every item once, or it gave too few scores.
@@ -40,13 +46,17 @@ def measure(
         raise ValueError(
             f"{job.name}: {team.size} processes would slow each other down. Start one, without accelerate launch."
         )
-    todo = {label: _open(batches, journal[label].items)[team.rank :: team.size] for label, _ in states}
+    only = only or {}
+    todo = {
+        label: _open(only.get(label, batches), journal[label].items)[team.rank :: team.size]
+        for label, _ in states
+    }
     done = {label: len(journal[label].items) for label, _ in states}
     totals = {label: done[label] + sum(map(len, todo[label])) for label, _ in states}
 
     for (label, choice), part in _turns(states, todo, job.in_turns):
         tick = _ticker(label, done, totals, progress)
-        with nullcontext() if choice is None else api.patched(model, choice.what, **choice.options) as handle:
+        with applied(model, choice) as handle:
             for batch in part:
                 start = time.perf_counter()
                 scores = job.score(model, processor, [items[i] for i in batch], reference, tick)
@@ -55,7 +65,8 @@ def measure(
                 sites = report_rows(handle) if handle is not None and batch == batches[-1] else []
                 journal.add(label, _entries(job, batch, scores), seconds, sites)
     journal.close()
-    return [_variant(job, label, choice, len(items), journal, team) for label, choice in states]
+    whole = [_variant(job, n, c, len(items), journal, team) for n, c in states if n not in only]
+    return whole, {label: _gathered(label, journal, team)[1] for label, _ in states if label in only}
 
 
 def report_rows(handle: Any) -> list[dict[str, Any]]:
@@ -97,27 +108,34 @@ def _ticker(
 
 
 def _entries(job: Task, batch: list[int], scores: dict[str, list[float]]) -> dict[int, dict[str, Any]]:
-    wrong = [m.name for m in job.metrics if len(scores.get(m.name, ())) != len(batch)]
+    names = job.columns()
+    wrong = [name for name in names if len(scores.get(name, ())) != len(batch)]
     if wrong:
         raise ValueError(f"{job.name}: score gave no {len(batch)} numbers for {', '.join(wrong)}")
     answers = getattr(job, "answers", None) or [None] * len(batch)
     return {
-        i: {"scores": {m.name: float(scores[m.name][n]) for m in job.metrics}, "answer": answers[n]}
+        i: {"scores": {name: float(scores[name][n]) for name in names}, "answer": answers[n]}
         for n, i in enumerate(batch)
     }
 
 
 def _variant(job: Task, label: str, choice: Any, count: int, journal: Journal, team: Team) -> Variant:
-    parts = team.gather(journal[label])
-    items: dict[int, dict[str, Any]] = {}
-    for part in parts:
-        items.update(part.items)
+    parts, items = _gathered(label, journal, team)
     answers = [items[i]["answer"] for i in range(count)]
     return Variant(
         label=label,
         patch=None if choice is None else choice.to_dict(),
-        scores={m.name: [items[i]["scores"][m.name] for i in range(count)] for m in job.metrics},
+        scores={name: [items[i]["scores"][name] for i in range(count)] for name in job.columns()},
         sites=next((part.sites for part in parts if part.sites), []),
         answers=None if all(a is None for a in answers) else answers,
         seconds=sum(part.seconds for part in parts),
     )
+
+
+def _gathered(label: str, journal: Journal, team: Team) -> tuple[list[Any], dict[int, dict[str, Any]]]:
+    """What every process finished of a variant, and all of it together."""
+    parts = team.gather(journal[label])
+    items: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        items.update(part.items)
+    return parts, items

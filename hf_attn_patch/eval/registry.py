@@ -67,6 +67,11 @@ _ENTRIES: dict[str, TaskEntry] = {
         _builtin("longbench_e", "longbench:LongBenchE", "LongBench-E: the same by length, 0-4k, 4-8k and 8k+ words"),
         _builtin("lm_eval", "lm_eval:LmEval", "any task of lm-evaluation-harness on the patched object"),
         _builtin("throughput", "throughput:Throughput", "speed of prefill and decode, first token, memory, KV bytes"),
+        _builtin("pope", "pope:Pope", "is there a … in the image? Random, popular and adversarial objects (POPE)"),
+        _builtin("chair", "chair:Chair", "objects that captions name and images lack, with recall, repetition (CHAIR)"),
+        _builtin("mme", "mme:Mme", "existence, count, position, color: two questions per image, acc and acc+ (MME)"),
+        _builtin("amber", "amber:Amber", "existence, attributes, relations; captions against lists of objects (AMBER)"),
+        _builtin("vqa", "vqa:Vqa", "short answers about images against those of ten people (VQA accuracy)"),
         _builtin("agreement", "agreement:Agreement", "features against the features of the same model, dense (vision)"),
         _builtin("knn", "knn:Knn", "k-nearest-neighbour accuracy of features on labelled images (vision)"),
     )

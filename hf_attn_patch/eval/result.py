@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .neutral import NeutralCheck
 from .stats import Difference
 from .task import Metric
 
@@ -21,9 +22,11 @@ MOST_COLUMNS, MOST_ROWS = 6, 80  # groups that a table shows beside the variants
 class Variant:
     """The model in one state: as given (`patch` None), or with one patch.
 
-    scores: metric -> one number per item. aggregates: metric -> number. by_group: metric -> group -> number.
+    scores: column of a metric -> one number per item. aggregates: metric -> number. by_group: metric -> group ->
+    number.
     difference: metric -> variant minus baseline with its interval (empty for the baseline itself).
     sites: rows of the handle's report: path, layer, part, executor, reason, density.
+    marks: per item, (start, end, "good" or "bad") of words of the answer.
     """
 
     label: str
@@ -35,11 +38,16 @@ class Variant:
     sites: list[dict[str, Any]] = field(default_factory=list)
     answers: list[str] | None = None
     seconds: float = 0.0
+    marks: list[list[tuple[int, int, str]]] | None = None
 
 
 @dataclass
 class Result:
-    """One task on one model, dense and patched, on the same items. Prints as a table; `to_json` is the record."""
+    """One task on one model, dense and patched, on the same items. Prints as a table; `to_json` is the record.
+
+    checks: each patch at its neutral value against dense, for tasks that ask for it. attachments: pictures of the first
+    items, title -> data URI or SVG text; for the page, not in the record. Add to them before writing a page.
+    """
 
     task: dict[str, Any]
     metrics: tuple[Metric, ...]
@@ -57,6 +65,8 @@ class Result:
     seconds: float
     notes: list[str] = field(default_factory=list)
     facts: list[dict[str, Any]] | None = None
+    checks: list[NeutralCheck] = field(default_factory=list)
+    attachments: list[dict[str, str]] | None = None
 
     @property
     def baseline(self) -> Variant:
@@ -93,6 +103,7 @@ class Result:
             "limit": self.limit,
             "seed": self.seed,
             "notes": self.notes,
+            "checks": [check.to_dict() for check in self.checks],
             "variants": variants,
             "environment": self.environment,
             "command": self.command,
@@ -124,8 +135,7 @@ class Result:
         if len(self.metrics) > 2:
             return self._metric_rows(table, groups)
         for metric in self.metrics:
-            arrow = "↑" if metric.higher_is_better else "↓"
-            table.add_column(f"{metric.name} {arrow}", justify="right")
+            table.add_column(f"{metric.name} {arrow(metric)}".rstrip(), justify="right")
             table.add_column(escape(f"vs {self.compare} [95 %]"), justify="right")
         for group in groups:
             table.add_column(group, justify="right")
@@ -150,10 +160,9 @@ class Result:
         for name in ("", "all", f"vs {self.compare} [95 %]", *groups):
             table.add_column(escape(name), justify="right" if name else "left")
         for metric in self.metrics:
-            arrow = "↑" if metric.higher_is_better else "↓"
             for n, variant in enumerate(self.variants):
                 table.add_row(
-                    f"{metric.name}, {metric.unit} {arrow}" if n == 0 else "",
+                    f"{metric.name}, {metric.unit} {arrow(metric)}" if n == 0 else "",
                     escape(variant.label),
                     f"{variant.aggregates[metric.name]:.{metric.digits}f}",
                     escape(format_difference(variant.difference.get(metric.name), metric.digits)),
@@ -188,6 +197,8 @@ class Result:
         groups = list(dict.fromkeys(self.groups or []))
         if MOST_COLUMNS < len(groups) <= MOST_ROWS:
             yield self.group_table(groups)
+        for check in self.checks:
+            yield Text(str(check), style={True: "green", False: "bold red"}.get(check.ok, "yellow"))  # type: ignore[arg-type]
         for note in self.notes:
             yield Text(f"note: {note}", style="dim")
 
@@ -198,6 +209,11 @@ class Result:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def arrow(metric: Metric) -> str:
+    """``↑``, ``↓``, or nothing where neither direction is better."""
+    return "" if metric.higher_is_better is None else "↑" if metric.higher_is_better else "↓"
 
 
 def format_difference(difference: Difference | None, digits: int) -> str:

@@ -7,7 +7,7 @@ records) is the business of `hf_attn_patch.eval.harness`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, ClassVar
 
@@ -16,43 +16,83 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per item, and how the numbers of many items become one.
+    """Numbers per item, and how the numbers of many items become one.
 
-    name: as printed. unit: of the aggregate. higher_is_better: direction.
-    aggregate: ``mean``, or ``exp_mean`` = exp(weighted mean), which turns mean NLLs into a perplexity.
-    digits: decimals in tables.
+    name: as printed. unit: of the aggregate. higher_is_better: direction; None = neither is.
+    aggregate: ``mean``; ``exp_mean`` = exp(weighted mean), which turns mean NLLs into a perplexity; ``ratio`` = sum of
+    the numbers called `top` over the sum of those called `bottom` (precision, recall, F1, CHAIR_i).
+    over: ``items`` = one number for all of them; ``mean of groups``, ``sum of groups`` = one number per group first,
+    which is what benchmarks with splits or subtasks publish.
+    scale: factor of the aggregate (100 = percent). empty: a ratio whose bottom is 0. digits: decimals in tables.
     """
 
     name: str
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     aggregate: str = "mean"
     digits: int = 3
+    top: str = ""
+    bottom: str = ""
+    over: str = "items"
+    scale: float = 1.0
+    empty: float = float("nan")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the numbers per item that it is made of."""
+        return (self.top, self.bottom) if self.aggregate == "ratio" else (self.name,)
 
     def of(self, scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        """Aggregate over the last axis: scores [..., n] (weights alike or [n]) -> [...]."""
+        """Aggregate of one column over the last axis: scores [..., n] (weights alike or [n]) -> [...]."""
         if weights is None:
             mean = scores.mean(-1)
         else:
             mean = (scores * weights).sum(-1) / weights.sum(-1)
         if self.aggregate == "exp_mean":
-            return np.exp(mean)
+            return self.scale * np.exp(mean)
         if self.aggregate != "mean":
             raise ValueError(f"metric {self.name}: aggregate {self.aggregate!r} is not 'mean' or 'exp_mean'")
-        return mean
+        return self.scale * mean
+
+    def at(
+        self, columns: Mapping[str, np.ndarray], weights: np.ndarray | None, parts: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """The aggregate of chosen items.
+
+        Args:
+            columns: name -> number per item [n]. weights: [n] or None; a ratio takes none.
+            parts: item numbers [..., m] of each group, one part if all count as one; leading axes are resamples.
+        """
+        found = [self._one(columns, weights, part) for part in parts]
+        if self.over == "sum of groups":
+            return np.sum(found, axis=0)
+        return found[0] if len(found) == 1 else np.mean(found, axis=0)
+
+    def _one(
+        self, columns: Mapping[str, np.ndarray], weights: np.ndarray | None, chosen: np.ndarray
+    ) -> np.ndarray:
+        if self.aggregate != "ratio":
+            return self.of(columns[self.name][chosen], None if weights is None else weights[chosen])
+        top, bottom = columns[self.top][chosen].sum(-1), columns[self.bottom][chosen].sum(-1)
+        return np.where(bottom > 0, self.scale * top / np.where(bottom > 0, bottom, 1.0), self.empty)
 
 
-Scores = dict[str, list[float]]  # metric name -> one number per item, in the order of the items
+Scores = dict[str, list[float]]  # column of a metric -> one number per item, in the order of the items
 Tick = Callable[[int], None]  # called with the number of items just finished
 
 
 class Task:
-    """Base of all tasks. Subclasses are dataclasses; `metrics[0]` is the main metric."""
+    """Base of all tasks. Subclasses are dataclasses; `metrics[0]` is the main metric (one number per item)."""
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     metrics: ClassVar[tuple[Metric, ...]] = ()
     in_turns: ClassVar[bool] = False  # True: variants take turns batch by batch, in one process (speed)
+    takes: ClassVar[str] = "tokenizer"  # what the command line loads beside the model: tokenizer or processor
+
+    def columns(self) -> list[str]:
+        """Names of the numbers that `score` gives per item."""
+        return list(dict.fromkeys(c for metric in self.metrics for c in metric.columns))
 
     def items(self, model: Any, processor: Any, seed: int) -> list[Any]:
         """The items, the same for the same arguments; called once per run, before anything is patched.
@@ -67,7 +107,7 @@ class Task:
         return None
 
     def score(self, model: Any, processor: Any, items: list[Any], reference: Any, tick: Tick) -> Scores:
-        """One number per metric and item. The model may be patched; the task neither knows nor cares."""
+        """One number per column and item. The model may be patched; the task neither knows nor cares."""
         raise NotImplementedError
 
     def weights(self, items: list[Any]) -> list[float] | None:
@@ -87,6 +127,23 @@ class Task:
 
     def facts(self, items: list[Any]) -> list[dict[str, Any]] | None:
         """What the record says about each item (length, depth, expected answer, …); None = nothing."""
+        return None
+
+    def neutral_batches(self, batches: list[list[int]]) -> list[list[int]]:
+        """Batches that each patch is also run on at its neutral value, to see that the answers are those of the dense
+        model (`eval.neutral`). Default: none."""
+        return []
+
+    def marks(self, item: Any, answer: str) -> list[tuple[int, int, str]]:
+        """(start, end, ``good`` or ``bad``) of words to mark in an answer on the page. Default: none."""
+        return []
+
+    def remarks(self, items: list[Any], answers: list[str]) -> list[str]:
+        """Notes on the answers of one variant, e.g. figures as the official script rounds them. Default: none."""
+        return []
+
+    def attachments(self, items: list[Any], most: int) -> list[dict[str, str]] | None:
+        """Pictures of the first `most` items for the page: title -> data URI or SVG text. Default: none."""
         return None
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,23 @@ MOST_ANSWERS = 200  # rows of answers on the page; all of them are in result.jso
 MOST_CHARACTERS = 300
 
 
-def write(record: Mapping[str, Any], path: str | Path) -> Path:
+def write(
+    record: Mapping[str, Any], path: str | Path, attachments: Sequence[Mapping[str, str]] | None = None
+) -> Path:
     """Render the record of an eval run (`Result.to_dict()`) into the file `path`.
+
+    attachments: pictures of the first items (`Result.attachments`): title -> data URI of an image, or SVG text.
 
     Raises:
         ReportError: jinja2 is not installed.
     """
     target = Path(path)
-    target.write_text(render(record), encoding="utf-8")
+    target.write_text(render(record, attachments), encoding="utf-8")
     return target
 
 
-def render(record: Mapping[str, Any]) -> str:
-    """The page as text: no script, no link to any asset.
+def render(record: Mapping[str, Any], attachments: Sequence[Mapping[str, str]] | None = None) -> str:
+    """The page as text: no script, no link to any asset. attachments: see `write`.
 
     Raises:
         ReportError: jinja2 is not installed.
@@ -42,7 +46,8 @@ def render(record: Mapping[str, Any]) -> str:
         groups=_groups(record),
         bars=[_bars(record, m, colors) for m in record["metrics"]],
         maps=needle_map(record),
-        answers=_answers(record),
+        answers=_answers(record, attachments or []),
+        checks=record.get("checks") or [],
         all_answers=record["items"],
         settings=[(k, v) for k, v in record["task"]["config"].items() if v is not None],
         environment=lines(record["environment"]),
@@ -86,8 +91,8 @@ def _interval(difference: Mapping[str, Any] | None, digits: int) -> str:
     return f"{text} [{difference['low']:+.{digits}f}, {difference['high']:+.{digits}f}]"
 
 
-def _verdict(difference: Mapping[str, Any] | None, higher_is_better: bool) -> str:
-    if not difference or not difference.get("significant"):
+def _verdict(difference: Mapping[str, Any] | None, higher_is_better: bool | None) -> str:
+    if higher_is_better is None or not difference or not difference.get("significant"):
         return ""
     return "good" if (difference["value"] > 0) == higher_is_better else "bad"
 
@@ -118,11 +123,11 @@ def _bars(record: Mapping[str, Any], metric: Mapping[str, Any], colors: Mapping[
         text = number(value, metric["digits"])
         shown = 0.0 if value is None or value != value else value
         bars.append(svg.Bar(v["label"], shown, text, colors[v["label"]]))
-    arrow = " ↑" if metric["higher_is_better"] else " ↓"
+    arrow = {True: " ↑", False: " ↓"}.get(metric["higher_is_better"], "")
     return {"title": f"{metric['name']}, {metric['unit']}{arrow}", "svg": svg.bars(bars, metric["name"])}
 
 
-def _answers(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _answers(record: Mapping[str, Any], attachments: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     if not any(v["answers"] for v in record["variants"]):
         return []
     main, facts, rows = record["metrics"][0], record["facts"] or [], []
@@ -130,13 +135,42 @@ def _answers(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         fact = facts[i] if i < len(facts) else {}
         said = [
             {
-                "text": str((v["answers"] or {i: ""})[i])[:MOST_CHARACTERS],
+                "pieces": _pieces(str((v["answers"] or {i: ""})[i]), (v.get("marks") or {i: []})[i]),
                 "score": number(v["scores"][main["name"]][i], main["digits"]),
             }
             for v in record["variants"]
         ]
-        where = [f"{k} {v}" for k, v in fact.items() if k not in ("expected", "tokens")]
+        where = [f"{k} {v}" for k, v in fact.items() if k not in ("expected", "tokens", "asked", "image")]
         rows.append(
-            {"expected": ", ".join(fact.get("expected", [])), "where": ", ".join(where), "said": said}
+            {
+                "expected": ", ".join(fact.get("expected", [])),
+                "asked": " / ".join(fact.get("asked", [])),
+                "where": ", ".join(where),
+                "said": said,
+                "pictures": list(attachments[i].items()) if i < len(attachments) else [],
+                "differs": _differing(record, i),
+            }
         )
     return rows
+
+
+def _pieces(text: str, marks: Sequence[Sequence[Any]]) -> list[tuple[str, str]]:
+    """(text, ``good``, ``bad`` or "") of an answer, in order; an answer without marks is cut."""
+    if not marks:
+        return [(text[:MOST_CHARACTERS], "")]
+    pieces, at = [], 0
+    for start, end, css in marks:
+        pieces += [(text[at:start], ""), (text[start:end], css)]
+        at = end
+    return [p for p in [*pieces, (text[at:], "")] if p[0]]
+
+
+def _differing(record: Mapping[str, Any], item: int) -> list[str]:
+    """Answers of patches at their neutral value that are not the dense one."""
+    dense = record["variants"][0]["answers"][item]
+    found = [
+        (c, (c["answers"] or {}).get(str(item), c["answers"].get(item))) for c in record.get("checks") or []
+    ]
+    return [
+        f"{c['label']} at its neutral value said: {said}" for c, said in found if said not in (None, dense)
+    ]
