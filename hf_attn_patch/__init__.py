@@ -29,6 +29,9 @@ _PUBLIC = {
     "Patch": "registry",
     "PatchError": "errors",
     "aux_losses": "losses",
+    "attention_flow": "inspection.attention_flow",
+    "capture": "inspection.capture",
+    "two_stream": "decoding.processor",
     "calibrate": "calibration",
     "find_sites": "sites",
     "Site": "sites",
@@ -40,9 +43,11 @@ __all__ = [
     "Site",
     "__version__",
     "active",
+    "attention_flow",
     "aux_losses",
     "available",
     "calibrate",
+    "capture",
     "find_sites",
     "load",
     "patch",
@@ -50,13 +55,17 @@ __all__ = [
     "plan",
     "prompt",
     "register_patch",
+    "two_stream",
     "unpatch",
 ]
 
 if TYPE_CHECKING:
     from .api import PatchHandle, active, load, patch, patched, plan, prompt, unpatch
     from .calibration import calibrate
+    from .decoding.processor import two_stream
     from .errors import PatchError
+    from .inspection.attention_flow import attention_flow
+    from .inspection.capture import capture
     from .losses import aux_losses
     from .registry import Patch, available, register_patch
     from .sites import Site, find_sites
