@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import image_free as without_image
 from . import inside
 from .errors import CacheError, PatchError
 from .losses import Losses
@@ -35,6 +36,7 @@ NEEDS = {
     "layer_input": "hidden states entering the layer",
     "attention_input": "hidden states entering the attention module",
     "query_before_norm": "queries before the model normalises them",
+    "image_free": "head outputs of the same prompt without its images (one more forward per conversation)",
     "losses": "auxiliary losses, added to the loss of a forward in training mode",
     "grid": "patch grid of the image or video (from pixel_values)",
     "prompt": "length of the prompt",
@@ -81,6 +83,7 @@ class Context:
         self._notes: dict[str, list[dict[str, Any]]] = {}
         self._recomputed: set[str] = set()
         self._depth = 0
+        self.image_free_pass: without_image.Pass | None = None  # while one runs
         self.losses = Losses()  # of the last forward: they are read after it
         self._reset()
 
@@ -164,6 +167,31 @@ class Context:
         found = self.inside.get(path, {}).get("query")
         return None if found is None else inside.by_head(found, heads, length)
 
+    def image_free(self, path: str, how: without_image.ImageFree, batch: int | None = None) -> Tensor:
+        """Output [B, H, Dv] of the heads at `path`, before W_O, where the prompt without its images ends.
+
+        It is kept as long as the cache is (`memory`). batch: rows wanted, when beams repeat those of the prompt.
+
+        Raises:
+            PatchError: this conversation did not begin with ids and images, so there was no image-free pass.
+        """
+        return without_image.output_at(self, path, how, batch)
+
+    @contextmanager
+    def aside(self, one: without_image.Pass) -> Iterator[without_image.Pass]:
+        """Inside, the model runs `one`, a forward of its own; the facts of the running forward come back after it."""
+        names = (
+            "_forward", "_inputs", "_said", "_depth", "inside", "cache", "override", "output_attentions", "grid",
+            "losses", "image_free_pass",
+        )  # fmt: skip
+        before = {name: getattr(self, name) for name in names}
+        self._reset()
+        self._said, self._depth, self.image_free_pass = {}, 0, one
+        try:
+            yield one
+        finally:
+            self.__dict__.update(before)
+
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def install(self, model: nn.Module, needs: set[str], paths: list[str], span_owner: Any) -> None:
@@ -238,6 +266,8 @@ class Context:
                 self._track_images(ids, seen)
             if cache is not None and "cache" in self.needs:
                 self.span_owner(cache, self, given.get("attention_mask"))
+            if "image_free" in self.needs and self._depth == 1 and seen == 0 and isinstance(ids, Tensor):
+                without_image.begin(self, module, given, ids)
         if changed is not None:
             if len(args) > names.index("past_key_values"):
                 position = names.index("past_key_values")
@@ -253,7 +283,9 @@ class Context:
             return
         learnt = {} if self.cache is not None else self._forward
         self.cache = cache
-        self.memory.update({k: v for k, v in learnt.items() if k not in ("seen", "images_done")})
+        self.memory.update(
+            {k: v for k, v in learnt.items() if k not in ("seen", "images_done", without_image.INPUTS)}
+        )
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._adopt(getattr(output, "past_key_values", None))

@@ -21,7 +21,7 @@ from .errors import CacheError, ModelMismatchError
 from .kernels import Result, attention
 from .kernels.ragged import RaggedKV
 from .masks import Mask
-from .program import Program
+from .program import Program, same_state
 from .sites import Site, base_model, find_sites, why_not_dispatchable
 
 if TYPE_CHECKING:
@@ -160,12 +160,17 @@ class PatchStack(nn.Module):
         facts = kwargs.pop(FACTS, None)
         if self.context is not None:
             self.context.recall(facts, next((p.path for p in self.site_patches()), ""))
-        active = [patch for patch in self.site_patches() if patch.entry.enabled]
+        aside = None if self.context is None else self.context.image_free_pass
+        active = [p for p in self.site_patches() if p.entry.enabled and (aside is None or aside.runs(p))]
         if isinstance(key, RaggedKV) and not any(p.frees_cache for p in active):
             raise evicted(key)
         if not active:
-            return native_attention(module, self.native, query, key, value, attention_mask, kwargs)
+            output, weights = native_attention(module, self.native, query, key, value, attention_mask, kwargs)
+            if aside is not None:
+                aside.keep(self.site_patches(), output)
+            return output, weights
         program = make_program(module, query, key, value, attention_mask, kwargs)
+        before = program.state()
         for patch in active:
             for variant, (_, config) in enumerate(patch.variants):
                 config.edit(program, Call(patch, variant, self.context, program.mask.causal, module.training))
@@ -176,12 +181,24 @@ class PatchStack(nn.Module):
             )
         # one forced choice wins over auto; two different forced ones were refused at patch time
         impl = next((p.entry.impl for p in active if p.entry.impl != "auto"), "auto")
+        plain = impl == "auto" and not program.ragged and not program.need_weights
+        if plain and same_state(before, program.state()):  # a layer out of range, a call that is not its business
+            output, weights = native_attention(module, self.native, query, key, value, attention_mask, kwargs)
+            for patch in active:
+                patch.last = summary(program, Result(output, None, self.native, "nothing was edited"))
+            if aside is not None:
+                aside.keep(active, output)
+            return output, weights
         result = attention(program, impl)
         for observer in program.observers:
             observer(program, result.output)
+        output = result.output.transpose(1, 2).contiguous()
+        if aside is not None:
+            aside.keep(active, output)
+            return output, result.weights
         for patch in active:
             patch.last = summary(program, result)
-        return result.output.transpose(1, 2).contiguous(), result.weights
+        return output, result.weights
 
 
 def summary(program: Program, result: Result) -> dict[str, Any]:

@@ -8,14 +8,14 @@ Semantics, in order, for query head h, query row i, key j (reference: `kernels/r
     s    = each score edit in turn, on its heads / rows / key classes
     p    = softmax over the keys that mask and every rule allow      (all masked: p = 0)
     p    = each mass edit in turn: p_ij *= w[class of j](class masses of row i)
-    o_i  = sum_j p_ij v_j;  blend: o = (1 - u) o + u * t;  gate: o *= head_gate
+    o_i  = sum_j p_ij v_j;  blend: o = (1 - u) o + u * t;  o += addition;  gate: o *= head_gate;  o *= each output gate
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -122,6 +122,10 @@ class Program:
         sink_logits: [H], one extra logit per head that takes part in the softmax and has no value (gpt-oss).
         key_class: int8 [B, S_columns], class of the key at each *column*; 0 = no class.
         head_gate: broadcastable to [B, L, H], multiplies the head's output.
+        output_gates: gates that are known only once the output is: called with (program, output [B, H, L, Dv]), they
+            return factors broadcastable to [B, L, H]. Whoever runs the executor applies them, in turn.
+        addition: [B, H, L, Dv], added to the output of the heads before the gates (a convolution of the values). Whoever
+            runs the executor adds it.
         gate_is_sparse: many gates are exactly 0, so an executor may skip those (head, token) pairs (a hint).
         allow_int8: scores may be computed from INT8 queries and keys where an executor can (a permission; error
             bound: `kernels/triton/int8.py`); off by default.
@@ -146,6 +150,8 @@ class Program:
     mass_edits: list[MassEdit] = field(default_factory=list)
     blends: list[Blend] = field(default_factory=list)
     head_gate: Tensor | None = None
+    output_gates: list[Callable[[Program, Tensor], Tensor]] = field(default_factory=list)
+    addition: Tensor | None = None
     gate_is_sparse: bool = False
     allow_int8: bool = False
     share: Tensor | None = None
@@ -190,6 +196,10 @@ class Program:
             self.score_edits or self.mass_edits or self.softcap is not None or self.sink_logits is not None
         )
 
+    def state(self) -> tuple[Any, ...]:
+        """All fields, lists by their lengths: two states of one program are `same_state` if no method changed it."""
+        return tuple(len(v) if isinstance(v, list) else v for v in (getattr(self, name) for name in _FIELDS))
+
     # -- what methods call ------------------------------------------------------------------------------------
 
     def restrict(self, rule: Rule, heads: Heads = None) -> None:
@@ -208,10 +218,23 @@ class Program:
             gate = full
         self.head_gate = gate if self.head_gate is None else self.head_gate * gate
 
+    def add(self, term: Tensor, heads: Heads = None) -> None:
+        """Add `term` [B, H, L, Dv] to the head outputs, before the gates (on the listed query heads)."""
+        chosen = head_selector(heads, self.num_heads, term.device)
+        term = term if chosen is None else torch.where(chosen, term, torch.zeros_like(term))
+        self.addition = term if self.addition is None else self.addition + term
+
+    def gate_by_output(self, gate: Callable[[Program, Tensor], Tensor]) -> None:
+        """Multiply head outputs by what `gate` makes of them: (program, output [B, H, L, Dv]) -> [B|1, L|1, H]."""
+        self.output_gates.append(gate)
+
     def reading(self, rule: Rule) -> Program:
         """This call on the keys of `rule` only, before blends and gate: the target of a `Blend` with a rule."""
         rules = [*self.rules, rule]
-        return replace(self, rules=rules, blends=[], head_gate=None, gate_is_sparse=False, observers=[])
+        return replace(
+            self, rules=rules, blends=[], addition=None, head_gate=None, output_gates=[], gate_is_sparse=False,
+            observers=[],
+        )  # fmt: skip
 
     def append(self, key: Tensor, value: Tensor, mixture: Tensor | None = None) -> None:
         """Put E more keys behind the S tokens of a bidirectional call. Every row sees them; a rule says who reads them.
@@ -272,7 +295,16 @@ class Program:
         for name, edits in (("score", self.score_edits), ("mass", self.mass_edits), ("blend", self.blends)):
             parts += [f"{name} edit x{len(edits)}"] if edits else []
         parts += ["head gate"] if self.head_gate is not None else []
+        parts += [f"output gate x{len(self.output_gates)}"] if self.output_gates else []
         return f"Program({', '.join(parts)})"
+
+
+_FIELDS = tuple(f.name for f in fields(Program))
+
+
+def same_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    """True if two results of `Program.state` are the same objects (numbers: equal)."""
+    return all(a is b or (isinstance(a, (int, float)) and a == b) for a, b in zip(before, after))
 
 
 def head_selector(heads: Sequence[int] | None, num_heads: int, device: torch.device) -> Tensor | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from .context import Context
     from .dispatch import Call
+    from .image_free import ImageFree
     from .program import Program
     from .sites import Site
 
@@ -75,6 +76,10 @@ class Patch:
         """Check the model as a whole; returns warnings for the plan. Raises `ModelMismatchError`."""
         return []
 
+    def watches(self, model: Any) -> list[Site]:
+        """Sites of other parts whose calls `edit` is shown as well (``call.part`` tells), whatever layers= says."""
+        return []
+
     def tensors(self, site: Site) -> dict[str, Tensor]:
         """Tensors the site needs: parameters (trainable) or buffers, by name; saved with the adapter."""
         return {}
@@ -86,6 +91,12 @@ class Patch:
     def spans(self, facts: dict[str, Any], context: Context | None) -> list[tuple[int, int]] | None:
         """(sinks, window) per KV head that the cache must keep (window 0 = everything); None = all of them."""
         return None
+
+    def image_free(self) -> ImageFree:
+        """How the image-free pass runs for a patch that needs "image_free" (`hf_attn_patch.image_free`)."""
+        from .image_free import ImageFree
+
+        return ImageFree()
 
     @classmethod
     def neutral(cls, model: Any) -> dict[str, Any] | None:

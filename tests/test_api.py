@@ -234,11 +234,11 @@ def test_plan_on_a_patched_model_changes_nothing(llama):
 
 def test_plan_warns_about_an_edit_that_reaches_no_layer():
     model = model_of("llava")
-    made = hap.plan(model, "var", dims=[0], first_layer=7)
+    made = hap.plan(model, "var", dims=[0], tau=2.0, first_layer=7)
     assert made.warnings == ["first_layer=7, but the model has 2 layers: nothing will be edited"]
     assert "warning: first_layer=7" in str(made)
     with pytest.warns(UserWarning, match="var: first_layer=7"):
-        hap.patch(model, "var", dims=[0], first_layer=7).remove()
+        hap.patch(model, "var", dims=[0], tau=2.0, first_layer=7).remove()
 
 
 def test_report_before_and_after_a_forward(llama):

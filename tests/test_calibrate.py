@@ -236,7 +236,7 @@ def test_the_command_line_writes_plan_report_and_pictures(tmp_path, capsys, smal
     from hf_attn_patch import cli
     from hf_attn_patch.cli import models
 
-    monkeypatch.setattr(models, "load_model", lambda name, dtype="float32": small)
+    monkeypatch.setattr(models, "load_model", lambda name, dtype, takes: small)
     spec = "moa:lengths=[256,512],samples=[1,1],validate_samples=2,validate_plans=1,intervals=1,block=32"
     with pytest.raises(SystemExit) as stop:
         cli.main(

@@ -70,13 +70,14 @@ class Calibration:
 class Calibrator:
     """Base of all calibrators. Subclasses are dataclasses with `validate` and `calibrate`.
 
-    Attributes of the class: name, summary, patch (name of the patch the result is for). needs_gradients: the model
-    runs with gradients (of activations; parameters are never changed).
+    Attributes of the class: name, summary, patch (name of the patch the result is for). takes: what of the model the
+    command line loads beside it, its ``tokenizer``, or its ``processor`` of text and images where it has one.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     patch: ClassVar[str] = ""
+    takes: ClassVar[str] = "tokenizer"
     shared: ClassVar[tuple[str, ...] | None] = None
 
     def validate(self) -> None:
@@ -180,6 +181,10 @@ _BUILTIN = (
           "which heads retrieve, matter for the loss, or look at the image: a head set"),
     Entry("duo", "hf_attn_patch.calibration.duo:DuoCalibrator",
           "gates per KV head trained on passkeys: retrieval heads and streaming heads"),
+    Entry("image_heads", "hf_attn_patch.calibration.image_heads:ImageHeads",
+          "which heads look at the image while the model answers: a head set"),
+    Entry("sink_dims", "hf_attn_patch.calibration.sink_dims:SinkDims",
+          "channels of the hidden state that are huge in sink tokens: dims of var"),
     Entry("vertical_slash", "hf_attn_patch.calibration.vertical_slash:VerticalSlashCalibrator",
           "columns and diagonals per query head by recall of the attention mass"),
 )  # fmt: skip
@@ -276,7 +281,7 @@ def identity(job: Calibrator, model: Any, data: Any) -> dict[str, Any]:
     if isinstance(data, (str, Path)):
         text: Any = hashlib.sha256(Path(data).read_bytes()).hexdigest() if Path(data).is_file() else str(data)
     else:
-        text = None if data is None else hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()
+        text = None if data is None else hashlib.sha256(json.dumps(data, default=_told).encode()).hexdigest()
     options = json.loads(json.dumps(asdict(job), default=str))  # type: ignore[call-overload]
     if job.shared is not None:
         options = {name: options[name] for name in job.shared}
@@ -287,6 +292,11 @@ def identity(job: Calibrator, model: Any, data: Any) -> dict[str, Any]:
         "weights": digest.hexdigest(),
         "data": text,
     }
+
+
+def _told(thing: Any) -> str:
+    """An image by its pixels, anything else by its text."""
+    return hashlib.sha256(thing.tobytes()).hexdigest() if hasattr(thing, "tobytes") else str(thing)
 
 
 def model_name(model: Any) -> str:

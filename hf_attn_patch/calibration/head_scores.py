@@ -96,7 +96,7 @@ class HeadScores(Calibrator):
                     "retrieval. Take shorter lengths, or objective=gradient"
                 )
             scores = np.mean(found, 0)
-        heads = self._head_set(scores, model)
+        heads = head_set(scores, model, self.objective, self.kind, self.name)
         report["best"] = [f"{h['layer']}-{h['head']}: {h['score']:.3f}" for h in heads["heads"][:10]]
         from .pictures import draw_plan
 
@@ -130,29 +130,28 @@ class HeadScores(Calibrator):
             for i in range(self.samples)
         ]
 
-    def _head_set(self, scores: np.ndarray, model: Any) -> dict[str, Any]:
-        """scores: [layers, H] -> head-set JSON, best first."""
-        if self.kind == "kv" and self.objective != "window_loss":
-            from .moa import shape_of
 
-            scores = scores.reshape(len(scores), shape_of(model, self.name)[1], -1).mean(-1)
-        order = np.argsort(-scores, axis=None, kind="stable")
-        heads = [
-            {
-                "layer": int(i // scores.shape[1]),
-                "head": int(i % scores.shape[1]),
-                "score": float(scores.flat[i]),
-            }
-            for i in order
-        ]
-        name = model_name(base_model(model))
-        return {"model": name, "objective": self.objective, "kind": self.kind, "heads": heads}
+def head_set(scores: np.ndarray, model: Any, objective: str, kind: str, who: str) -> dict[str, Any]:
+    """Head-set JSON, best first, of scores [layers, H] of query heads (or of KV heads, as window_loss has them).
+
+    kind: "q", or "kv" for the mean over the query heads of a group.
+    """
+    if kind == "kv" and objective != "window_loss":
+        from .moa import shape_of
+
+        scores = scores.reshape(len(scores), shape_of(model, who)[1], -1).mean(-1)
+    order = np.argsort(-scores, axis=None, kind="stable")
+    heads = [
+        {"layer": int(i // scores.shape[1]), "head": int(i % scores.shape[1]), "score": float(scores.flat[i])}
+        for i in order
+    ]
+    return {"model": model_name(base_model(model)), "objective": objective, "kind": kind, "heads": heads}
 
 
 OBJECTIVES = ("retrieval", "needle_mass", "gradient", "window_loss", "image_mass")
 
 
-def _last_rows(model: Any, rows: int, **inputs: Any) -> tuple[list[Tensor], Any]:
+def last_rows(model: Any, rows: int, **inputs: Any) -> tuple[list[Tensor], Any]:
     """(probabilities [H, rows, S] of the last `rows` queries of the first batch row per layer, the model's output)."""
     found: dict[int, Tensor] = {}
 
@@ -176,7 +175,7 @@ def _answer_rows(model: Any, sample: Sample) -> tuple[list[Tensor], Tensor, Tens
     """(probabilities per layer, answer tokens [n], prompt tokens, whether the model says them) at the answer."""
     ids = sample.ids[None].to(model.device)
     count = len(sample) - sample.start
-    maps, out = _last_rows(model, count + 1, input_ids=ids, use_cache=False, logits_to_keep=count + 1)
+    maps, out = last_rows(model, count + 1, input_ids=ids, use_cache=False, logits_to_keep=count + 1)
     said = out.logits[0, -count - 1 : -1].argmax(-1)
     answer = ids[0, sample.start :]
     return [m[:, :-1] for m in maps], answer, ids[0], bool((said == answer).all())
@@ -271,7 +270,7 @@ def _image_mass(model: Any, data: Any, progress: Progress) -> np.ndarray:
         rows = min(ROWS, int(ids.shape[1] - 1 - int(image.nonzero().max())))
         if rows < 1:
             raise CalibrationError(f"head_scores: item {done} has no token after its image")
-        maps, _ = _last_rows(model, rows, **inputs)
+        maps, _ = last_rows(model, rows, **inputs)
         found.append(torch.stack([m[:, :, image].sum(-1).mean(-1) for m in maps]).cpu().numpy())
     progress("image_mass", len(data), len(data))
     return np.mean(np.asarray(found, dtype=np.float64), 0)

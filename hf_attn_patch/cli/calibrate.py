@@ -58,7 +58,7 @@ def calibrate(
     if data is not None and not data.is_file():
         raise base.CalibrationError(f"--data {data}: no such file")
     target = file or Path(f"{job.name}-plan.json")
-    loaded, processor = load_model(model, dtype)
+    loaded, processor = load_model(model, dtype, job.takes)
     with Steps(Console(stderr=True, quiet=as_json)) as steps:
         found = base.run(job, loaded, processor, data=data, out=target, work=work, progress=steps.step)
     if as_json:
@@ -71,8 +71,9 @@ def calibrate(
     if key is not None:
         rest = {k: v for k, v in found.options.items() if k != key}
         spec = format_spec(found.patch, {key: str(target), **rest})
+        task = "pope" if job.takes == "processor" else "perplexity"
         out.print(
-            f"[dim]hf-attn-patch eval perplexity --model {escape(model)} --patch {escape(spec)}[/dim]",
+            f"[dim]hf-attn-patch eval {task} --model {escape(model)} --patch {escape(spec)}[/dim]",
             soft_wrap=True,
         )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..program import Program
+from .reference import gated
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 _ORDER = ("triton", "torch", "reference")
@@ -106,6 +107,10 @@ def attention(program: Program, impl: str = "auto") -> Result:
         reason = why_not(name, program, impl != "auto")
         if reason is None:
             output, weights = executor(name).run(program)
+            if program.addition is not None:
+                output = output + gated(program, program.addition).to(output.dtype)
+            for gate in program.output_gates:
+                output = output * gate(program, output).to(output.dtype).transpose(1, 2).unsqueeze(-1)
             text = "forced" if impl != "auto" else "; ".join(refusals) or "first choice"
             asked = program.need_weights and weights is not None
             return Result(output, program.of_tokens(weights) if asked else None, name, text)

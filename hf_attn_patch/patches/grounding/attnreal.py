@@ -59,17 +59,14 @@ class AttentionReallocation(Patch):
 
     def validate(self) -> None:
         self.require(0 <= self.move <= 1, "move", "0..1")
-        self.require(self.first_layer >= 0, "first_layer", ">= 0")
-        self.require(
-            self.last_layer is None or self.last_layer >= self.first_layer, "last_layer", ">= first_layer"
-        )
+        image_keys.validate_range(self)
         self.require(self.length is None or self.length >= 1, "length", ">= 1 or None")
 
     def check_model(self, model: Any, sites: list[Site]) -> list[str]:
         return image_keys.check_model(self.name, model, sites, self.first_layer, self.last_layer, None)
 
     def edit(self, program: Program, call: Call) -> None:
-        if call.layer < self.first_layer or (self.last_layer is not None and call.layer > self.last_layer):
+        if not image_keys.in_range(self, call.layer):
             return
         context, mask = call.context, program.mask
         assert context is not None

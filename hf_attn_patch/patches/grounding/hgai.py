@@ -63,16 +63,13 @@ class HeadGuidedAttentionIntervention(Patch):
 
     def validate(self) -> None:
         self.require(self.alpha >= 0 and math.isfinite(self.alpha), "alpha", "a finite number >= 0")
-        self.require(self.first_layer >= 0, "first_layer", ">= 0")
-        self.require(
-            self.last_layer is None or self.last_layer >= self.first_layer, "last_layer", ">= first_layer"
-        )
+        image_keys.validate_range(self)
 
     def check_model(self, model: Any, sites: list[Site]) -> list[str]:
         return image_keys.check_model(self.name, model, sites, self.first_layer, self.last_layer, PUBLISHED)
 
     def edit(self, program: Program, call: Call) -> None:
-        if call.layer < self.first_layer or (self.last_layer is not None and call.layer > self.last_layer):
+        if not image_keys.in_range(self, call.layer):
             return
         classes = image_keys.image_class(self.name, program, call)
         some, rows = image_keys.answering_rows(program, call)

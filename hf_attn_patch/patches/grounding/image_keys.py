@@ -13,6 +13,7 @@ from ...errors import ModelMismatchError, PatchError
 from ...sites import find_sites
 
 if TYPE_CHECKING:
+    from ...context import Context
     from ...dispatch import Call
     from ...program import Program
     from ...sites import Site
@@ -20,8 +21,39 @@ if TYPE_CHECKING:
 OTHER, IMAGE = 0, 1  # key classes; a method numbers its own further classes from 2 on
 
 
+def validate_range(patch: Any) -> None:
+    """Check the options `first_layer` and `last_layer` (None = the last) of `patch`. Raises `ConfigError`."""
+    first, last = patch.first_layer, patch.last_layer
+    patch.require(first >= 0, "first_layer", ">= 0")
+    patch.require(last is None or last >= first, "last_layer", ">= first_layer")
+
+
+def in_range(patch: Any, layer: int) -> bool:
+    """Whether `layer` is one of first_layer..last_layer, both included."""
+    return patch.first_layer <= layer and (patch.last_layer is None or layer <= patch.last_layer)
+
+
+def depth(model: Any, sites: list[Site]) -> int:
+    """Layers of the text part of `model`."""
+    told = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return told or max(s.layer for s in sites) + 1
+
+
+def depth_in(context: Context) -> int:
+    """`depth` of the model whose forward runs, looked up once per forward."""
+    if "depth" not in context.scratch:
+        config: Any = context.config
+        context.scratch["depth"] = config.get_text_config().num_hidden_layers
+    return context.scratch["depth"]
+
+
 def check_model(
-    name: str, model: Any, sites: list[Site], first: int, last: int | None, published: tuple[int, int] | None
+    name: str,
+    model: Any,
+    sites: list[Site],
+    first: int = 0,
+    last: int | None = None,
+    published: tuple[int, int] | None = None,
 ) -> list[str]:
     """Warnings about the layer range first..last (inclusive, None = the last layer) on `model`.
 
@@ -35,16 +67,14 @@ def check_model(
             f"{name}: the config of {type(model).__name__} names no image token (image_token_id); it is for "
             "vision-language models"
         )
-    own = {_layers_of(site) for site in sites}
-    cross = next((s for s in find_sites(model) if s.part == "cross" and _layers_of(s) in own), None)
+    own = {layers_of(site.path) for site in sites}
+    cross = next((s for s in find_sites(model) if s.part == "cross" and layers_of(s.path) in own), None)
     if cross is not None:
         raise ModelMismatchError(
             f"{name}: {type(model).__name__} reads its image by cross-attention ({cross.path}); its image token is a "
             "placeholder without content, and the keys of self-attention hold no image to edit"
         )
-    layers = (
-        getattr(model.config.get_text_config(), "num_hidden_layers", None) or max(s.layer for s in sites) + 1
-    )
+    layers = depth(model, sites)
     end = layers - 1 if last is None else last
     if not any(first <= s.layer <= end for s in sites):
         return [
@@ -59,11 +89,11 @@ def check_model(
     return []
 
 
-def _layers_of(site: Site) -> str:
-    """Path of the list of layers that holds `site`: "model.layers" of "model.layers.3.self_attn"."""
-    names = site.path.split(".")
+def layers_of(path: str) -> str:
+    """Path of the list of layers that holds a site: "model.layers" of "model.layers.3.self_attn"."""
+    names = path.split(".")
     numbers = [i for i, n in enumerate(names) if n.isdigit()]
-    return ".".join(names[: numbers[-1]]) if numbers else site.path
+    return ".".join(names[: numbers[-1]]) if numbers else path
 
 
 def image_columns(name: str, program: Program, call: Call) -> Tensor:

@@ -68,16 +68,13 @@ class VisualAmplificationFusion(Patch):
         for name in ("enhance", "suppress"):
             value = getattr(self, name)
             self.require(value > 0 and math.isfinite(value), name, "a finite number > 0 (1 = dense)")
-        self.require(self.first_layer >= 0, "first_layer", ">= 0")
-        self.require(
-            self.last_layer is None or self.last_layer >= self.first_layer, "last_layer", ">= first_layer"
-        )
+        image_keys.validate_range(self)
 
     def check_model(self, model: Any, sites: list[Site]) -> list[str]:
         return image_keys.check_model(self.name, model, sites, self.first_layer, self.last_layer, PUBLISHED)
 
     def edit(self, program: Program, call: Call) -> None:
-        if call.layer < self.first_layer or (self.last_layer is not None and call.layer > self.last_layer):
+        if not image_keys.in_range(self, call.layer):
             return
         image = image_keys.image_columns(self.name, program, call)
         classes = image_keys.once(call, ("vaf classes", image.shape[1]), lambda: _classes(image))

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...context import image_token_ids
-from ...errors import CacheError, ConfigError, ModelMismatchError
+from ...errors import CacheError, ModelMismatchError
 from ...program import MassEdit, MassTransfer
 from ...registry import Patch, option, register_patch
+from . import image_keys
+from .sink_dims import SINK_DIMS, dims_of, plain, sink_tokens
 
 if TYPE_CHECKING:
     from ...dispatch import Call
     from ...program import Program
     from ...sites import Site
 
-# Dimensions of the hidden state that are huge in sink tokens; a property of the language model.
-SINK_DIMS: dict[str, tuple[int, ...]] = {
-    "llama-2-7b": (1415, 2533),  # READ seilk/VisAttnSink src/logic/constants.py; LLaVA-1.5-7B, Vicuna-7B
-    "llama-2-13b": (2100, 4743),  # READ, same file; LLaVA-1.5-13B
-    "qwen2-vl-7b": (458, 2570),  # from a reading note of the paper, UNVERIFIED here
-    "internvl2-8b": (3584,),  # same note, UNVERIFIED here
-}
-
 OTHER, IMAGE, IMAGE_SINK, TEXT_SINK = range(4)
 
 
-def sink_tokens(hidden: Tensor, dims: tuple[int, ...], tau: float, eps: float = 1e-6) -> Tensor:
-    """bool [B, L]: ``max_{d in dims} |x_d| / sqrt(mean_d x^2 + eps) > tau`` for hidden states [B, L, C]."""
-    hidden = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
-    rms = hidden.pow(2).mean(-1).add(eps).sqrt()
-    return hidden[..., list(dims)].abs().amax(-1) / rms > tau
+@dataclass(frozen=True)
+class Preset:
+    """What a source does where sources differ. rho: largest sink share. move: fraction of the sinks' mass that moves.
+    skip_last: the last layer is left alone."""
+
+    rho: float
+    move: float
+    skip_last: bool
+
+
+PRESETS = {
+    "code": Preset(0.5, 0.4, False),
+    "paper": Preset(0.5, 0.6, True),
+    "paper_vqa": Preset(0.2, 0.6, True),
+    "paper_vision": Preset(0.1, 0.6, True),
+}
 
 
 def transfer(rho: float, min_mass: float, move: float) -> MassTransfer:
@@ -61,8 +67,17 @@ class VisualAttentionRedistribution(Patch):
 
     Neutral value: move = 0.
 
-    Conventions: ``move=0.4`` is the released code (it *keeps* p = 0.6), ``move=0.6`` the paper's wording. The released
-    code also edits the last layer, the paper does not: exclude it with ``layers="2:-1"``.
+    Presets, where the released code and the paper differ (``rho``, ``move``, ``skip_last``, each of which may be set):
+
+    | preset       | rho | move | last layer | |
+    |--------------|-----|------|------------|---|
+    | code         | 0.5 | 0.4  | edited     | released code: *keeps* p = 0.6; its last-layer switch has no effect |
+    | paper        | 0.5 | 0.6  | left alone | p is *taken*; rho 0.5 is the paper's for hallucination |
+    | paper_vqa    | 0.2 | 0.6  | left alone | the paper's 0.8 for general questions is 1 - rho |
+    | paper_vision | 0.1 | 0.6  | left alone | the paper's 0.9 for vision-centric questions is 1 - rho |
+
+    The paper's numbers come from a reading note and a survey (UNVERIFIED). Sink dimensions belong to the language
+    model: a name of the table in ``sink_dims.py``, or what ``hf-attn-patch calibrate sink_dims`` writes.
 
     Differs from the original code: works on batches, left padding and several images. A row counts as "behind the
     image" when it is no image token itself and has an image key before it, which for one image is the
@@ -79,51 +94,80 @@ class VisualAttentionRedistribution(Patch):
     exclusive = frozenset({"key classes"})
     causal_only = True
 
-    dims: tuple[int, ...] | str = option(
-        help=f"sink dimensions of the hidden state, or one of {', '.join(SINK_DIMS)}"
+    dims: tuple[int, ...] | dict | str = option(
+        help="sink dimensions of the hidden state, a file of `calibrate sink_dims`, or one of "
+        + ", ".join(SINK_DIMS)
+    )
+    preset: Literal["code", "paper", "paper_vqa", "paper_vision"] = option(
+        "code",
+        help="values of rho, move and skip_last that are not set: of the released code, or of the paper",
     )
     tau: float = option(20.0, help="a token is a sink when phi exceeds this")
-    rho: float = option(0.5, help="largest share of sinks in the image mass of an image-centric head")
+    rho: float | None = option(
+        None, help="largest share of sinks in the image mass of an image-centric head (1 - the paper's rho)"
+    )
     min_mass: float = option(0.2, help="smallest image mass of an image-centric head")
-    move: float = option(0.4, help="fraction of the sinks' mass that moves (released code 0.4, paper 0.6)")
+    move: float | None = option(
+        None, help="fraction of the sinks' mass that moves; 1 - move is kept (0 = dense)"
+    )
     first_layer: int = option(2, help="layers before this one are left alone")
+    skip_last: bool | None = option(None, help="leave the last layer alone")
 
     def validate(self) -> None:
-        if isinstance(self.dims, str):
-            if self.dims not in SINK_DIMS:
-                raise ConfigError(
-                    f"var: dims={self.dims!r} is not known; known models: {', '.join(SINK_DIMS)}"
-                )
+        self.dims = plain(self.dims, self.name)  # an adapter keeps the dimensions, not the path of a file
         self.require(
             len(self._dims) > 0 and all(d >= 0 for d in self._dims), "dims", "at least one index >= 0"
         )
         self.require(self.tau > 0, "tau", "> 0")
-        self.require(0 <= self.rho <= 1, "rho", "0..1")
+        self.require(self.rho is None or 0 <= self.rho <= 1, "rho", "0..1")
         self.require(0 <= self.min_mass <= 1, "min_mass", "0..1")
-        self.require(0 <= self.move <= 1, "move", "0..1")
+        self.require(self.move is None or 0 <= self.move <= 1, "move", "0..1")
         self.require(self.first_layer >= 0, "first_layer", ">= 0")
 
     def check_model(self, model: Any, sites: list[Site]) -> list[str]:
-        if not image_token_ids(model.config):
-            raise ModelMismatchError(
-                f"var: the config of {type(model).__name__} names no image token (image_token_id); it is for "
-                "vision-language models"
-            )
+        notes = image_keys.check_model(self.name, model, sites)
         width = getattr(model.config.get_text_config(), "hidden_size", None)
         if width is not None and max(self._dims) >= width:
             raise ModelMismatchError(
                 f"var: sink dimension {max(self._dims)} does not exist, hidden states have {width}"
             )
-        layers = max(s.layer for s in sites) + 1
-        if self.first_layer >= layers:
-            return [
-                f"first_layer={self.first_layer}, but the model has {layers} layers: nothing will be edited"
-            ]
-        return []
+        if isinstance(self.dims, dict):
+            notes += self._fits(self.dims, model, width)
+        if width is not None and self.tau >= math.sqrt(width):
+            notes.append(
+                f"tau={self.tau:g} is out of reach: with {width} channels no ratio exceeds {math.sqrt(width):.3g}, so "
+                "nothing will be edited"
+            )
+        layers = image_keys.depth(model, sites)
+        if not any(self.first_layer <= s.layer < layers - self.chosen.skip_last for s in sites):
+            but = ", the last one left alone" if self.chosen.skip_last else ""
+            notes.append(
+                f"first_layer={self.first_layer}, but the model has {layers} layers{but}: nothing will be edited"
+            )
+        return notes
+
+    def _fits(self, found: dict, model: Any, width: int | None) -> list[str]:
+        """Notes on a calibration that was made for another model; refuses one for another width."""
+        name = str(getattr(model.config, "_name_or_path", "") or "").rstrip("/").split("/")[-1]
+        made = str(found.get("model") or "").split("/")[-1]
+        if width is not None and found.get("hidden_size", width) != width:
+            raise ModelMismatchError(
+                f"var: the sink dimensions were calibrated on hidden states of {found['hidden_size']}, this model "
+                f"has {width}; calibrate them for this model (hf-attn-patch calibrate sink_dims)"
+            )
+        return (
+            [f"the sink dimensions were calibrated for {made}, this model is {name}"] if made != name else []
+        )
+
+    @property
+    def chosen(self) -> Preset:
+        """rho, move and skip_last as they are used: what was set, else of the preset."""
+        given = {name: getattr(self, name) for name in ("rho", "move", "skip_last")}
+        return replace(PRESETS[self.preset], **{k: v for k, v in given.items() if v is not None})
 
     @property
     def _dims(self) -> tuple[int, ...]:
-        return SINK_DIMS[self.dims] if isinstance(self.dims, str) else self.dims
+        return dims_of(self.dims)
 
     def _sinks(self, call: Call, columns: Tensor) -> Tensor:
         """bool [B, columns seen]: sinks of this layer, found while tokens are read and remembered per cache."""
@@ -155,8 +199,10 @@ class VisualAttentionRedistribution(Patch):
     def edit(self, program: Program, call: Call) -> None:
         if call.layer < self.first_layer:
             return
-        context = call.context
+        context, chosen = call.context, self.chosen
         assert context is not None
+        if chosen.skip_last and call.layer == image_keys.depth_in(context) - 1:
+            return
         columns = program.mask.query_columns
         sinks = self._sinks(call, columns)
         image = context.image_keys
@@ -182,7 +228,9 @@ class VisualAttentionRedistribution(Patch):
             pad = program.mask.kv_offset + program.mask.kv_len - end
             classes = torch.nn.functional.pad(classes, (0, pad))
         program.classify(classes)
-        program.mass_edits.append(MassEdit(transfer(self.rho, self.min_mass, self.move), 4, rows, call.heads))
+        program.mass_edits.append(
+            MassEdit(transfer(chosen.rho, self.min_mass, chosen.move), 4, rows, call.heads)
+        )
 
     @classmethod
     def neutral(cls, model: Any) -> dict[str, Any] | None:
