@@ -50,10 +50,11 @@ bench: $(STAMP)
 # plans of SmolLM2 by calibration (about 35 minutes on a shared core; interrupted, it goes on where it stopped)
 plans: $(STAMP)
 	mkdir -p benchmarks/plans
-	for density in 50 30 25; do $(BIN)/hf-attn-patch calibrate moa:density=0.$$density --model testbed:smollm2 \
-		-o benchmarks/plans/smollm2-moa-$$density.json --work runs/calibration-moa || exit 1; done
 	$(BIN)/hf-attn-patch calibrate head_scores:objective=window_loss,kind=kv,lengths=[900],samples=2 \
 		--model testbed:smollm2 -o benchmarks/plans/smollm2-window-loss.json --work runs/calibration-window-loss
+	for density in 50 30 25; do $(BIN)/hf-attn-patch calibrate \
+		moa:density=0.$$density,measured=benchmarks/plans/smollm2-window-loss.json --model testbed:smollm2 \
+		-o benchmarks/plans/smollm2-moa-$$density.json --work runs/calibration-moa || exit 1; done
 	$(BIN)/hf-attn-patch calibrate duo --model testbed:smollm2 -o benchmarks/plans/smollm2-duo.json \
 		--work runs/calibration-duo
 

@@ -140,28 +140,10 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "frontier-smollm2"))
-    parser.add_argument("--only", help="families or variants, comma separated")
-    parser.add_argument("--depths", default="0.1,0.5,0.9", help="of the number in passkey prompts")
-    parser.add_argument("--lengths", default="600,1200,2300,4500", help="of passkey prompts, in tokens")
-    parser.add_argument(
-        "--merge", nargs="*", help="folders of earlier runs that go into the table and the plot too"
-    )
-    parser.add_argument("--threads", type=int, default=None)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    only = options.only.split(",") if options.only else None
-    chosen = {
-        family: {label: v for label, v in group.items() if only is None or {family, label} & set(only)}
-        for family, group in families().items()
-    }
-    family_of = {label: name for name, group in chosen.items() for label in group}
-    variants = {label: spec for group in chosen.values() for label, spec in group.items()}
+def measured(
+    variants: dict[str, Variant], family_of: dict[str, str], out: Path, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row per variant and for dense; also written to `out`/frontier.json."""
     model, tokenizer = testbed.load("smollm2")
     say = lambda label, done, total: (
         print(f"  {label}: {done}/{total}", flush=True) if done == total else None
@@ -187,6 +169,32 @@ def main() -> None:
         row["found"] = [[*f, s] for f, s in zip(facts, passkey[label].scores["accuracy"])]
         rows.append(row)
     (out / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "frontier-smollm2"))
+    parser.add_argument("--only", help="families or variants, comma separated; '' only merges")
+    parser.add_argument("--depths", default="0.1,0.5,0.9", help="of the number in passkey prompts")
+    parser.add_argument("--lengths", default="600,1200,2300,4500", help="of passkey prompts, in tokens")
+    parser.add_argument(
+        "--merge", nargs="*", help="folders of earlier runs that go into the table and the plot too"
+    )
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    only = options.only.split(",") if options.only is not None else None
+    chosen = {
+        family: {label: v for label, v in group.items() if only is None or {family, label} & set(only)}
+        for family, group in families().items()
+    }
+    family_of = {label: name for name, group in chosen.items() for label in group}
+    variants = {label: spec for group in chosen.values() for label, spec in group.items()}
+    rows = measured(variants, family_of, out, options) if variants else []
     for folder in options.merge or []:
         others = json.loads((Path(folder) / "frontier.json").read_text())
         rows += [r for r in others if r["label"] not in {mine["label"] for mine in rows}]
