@@ -1,7 +1,8 @@
 # make demo   the main job: real models, dense beside patched, and the undo proof (first run fetches two wheels)
 # make test   lint, types, all tests          make bench  numbers under benchmarks/results/
 # make aot    compile all Triton kernels for four GPU targets, write docs/kernels.md      make gpu-check  on a GPU: gate + numbers
-# make plans  calibrate SmolLM2 (plans under benchmarks/plans)      make frontier  quality against density of all methods      make moh  train routers
+# make plans  calibrate SmolLM2 (plans under benchmarks/plans)      make frontier  quality against density of all methods
+# make moh    train routers      make vlm  hallucination mitigation on testbed:llava
 # make docs   regenerate docs/coverage.md and the method list of the README
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench plans frontier moh docs aot gpu-check testbed install clean
+.PHONY: demo test lint bench plans frontier moh vlm docs aot gpu-check testbed install clean
 
 install: $(STAMP)
 
@@ -29,6 +30,7 @@ testbed: $(STAMP)
 	$(BIN)/hf-attn-patch testbed dinov2s
 	$(BIN)/hf-attn-patch testbed minilm
 	$(BIN)/hf-attn-patch testbed digits-vit
+	$(BIN)/hf-attn-patch testbed llava
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -70,6 +72,10 @@ moh: $(STAMP)
 	$(BIN)/hf-attn-patch finetune $(MOH) --patch moh:router=learned --out runs/moh/moh-learned
 	$(BIN)/hf-attn-patch finetune $(MOH) --out runs/moh/dense
 	$(BIN)/python benchmarks/moh.py --trained runs/moh
+
+# hallucination mitigation on testbed:llava: tuned on other scenes, CHAIR, POPE, cost -> benchmarks/results/vlm-llava
+vlm: $(STAMP)
+	for step in tune chair pope cost table; do $(BIN)/python benchmarks/vlm.py $$step || exit 1; done
 
 docs: $(STAMP)
 	$(BIN)/python scripts/coverage.py

@@ -134,7 +134,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     right.set_ylabel("perplexity relative to dense")
     right.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
     for axes in (left, right):
-        axes.set_xlabel("share of the KV cache kept (of pairs read, where the cache is kept whole)")
+        axes.set_xlabel("share of the KV cache kept\n(of pairs read, where the cache is kept whole)")
         axes.set_xlim(0, 1)
     left.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)

