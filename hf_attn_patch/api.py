@@ -317,6 +317,7 @@ def _choose_sites(
         raise ModelMismatchError(
             f"{type(model).__name__} has no attention site: its attention ({', '.join(classes) or 'none found'}) does "
             "not use transformers' attention interface, so there is nothing a patch could hook into"
+            + (f". {config.name}: {config.without_site}" if config.without_site else "")
         )
     if part is not None and part not in PARTS:
         raise SelectionError(f"part={part!r} is unknown; parts are {', '.join(PARTS)}")
@@ -440,6 +441,8 @@ def plan(
             )
     different = {repr(special.to_dict()): special for kinds in variants for _, special in kinds}
     notes = [note for special in different.values() for note in special.check_model(base, chosen)]
+    watched = [s for s in config.watches(base) if s.path not in {c.path for c in chosen}]
+    chosen, variants = chosen + watched, variants + [[(None, config)] for _ in watched]
     state = get_state(base)
     for site in everything:
         for stack in dispatch.stacks_of(site.module):

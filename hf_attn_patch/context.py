@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .dispatch import SitePatch
 
 MEMORY = "_attn_patch_memory"  # attribute of a cache
+HANDED = "_attn_patch_handed"  # attribute of what an encoder returned, and key of the scratch space
 FACTS = "attn_patch_facts"  # keyword argument that carries facts through a checkpointed layer
 
 NEEDS = {
@@ -37,6 +38,7 @@ NEEDS = {
     "attention_input": "hidden states entering the attention module",
     "query_before_norm": "queries before the model normalises them",
     "image_free": "head outputs of the same prompt without its images (one more forward per conversation)",
+    "added_tokens": "tokens of the patch in front of those of the layer",
     "losses": "auxiliary losses, added to the loss of a forward in training mode",
     "grid": "patch grid of the image or video (from pixel_values)",
     "prompt": "length of the prompt",
@@ -125,6 +127,12 @@ class Context:
     def scratch(self) -> dict[str, Any]:
         """Scratch space that lives as long as this forward."""
         return self._forward
+
+    @property
+    def handed(self) -> dict[str, Any]:
+        """Facts of this forward that go with its output: ``generate`` runs the vision tower by itself and gives what it
+        returned (``mm_encoder_outputs``) to the model, whose forward then finds here what the tower's one left."""
+        return self._forward.setdefault(HANDED, {})
 
     @property
     def prompt_length(self) -> int | None:
@@ -221,6 +229,10 @@ class Context:
                 self.handles.append(
                     layer_module(model, path).register_forward_pre_hook(hook.before, with_kwargs=True)
                 )
+        if "added_tokens" in needs:  # behind layer_input, which is what the model itself gave the layer
+            from . import added_tokens
+
+            self.handles += added_tokens.install(self, model, paths)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -266,6 +278,9 @@ class Context:
                 self._track_images(ids, seen)
             if cache is not None and "cache" in self.needs:
                 self.span_owner(cache, self, given.get("attention_mask"))
+            encoded = given.get("mm_encoder_outputs") if self._depth == 1 else None
+            for one in encoded.values() if isinstance(encoded, dict) else ():
+                self.handed.update(getattr(one, HANDED, {}).get(self._token, {}))
             if "image_free" in self.needs and self._depth == 1 and seen == 0 and isinstance(ids, Tensor):
                 without_image.begin(self, module, given, ids)
         if changed is not None:
@@ -292,6 +307,9 @@ class Context:
         self._depth = max(self._depth - 1, 0)
         if self._depth:
             return None
+        alone = "input_ids" not in _parameter_names(type(module))  # an encoder that ran by itself
+        if alone and self._forward.get(HANDED) and hasattr(output, "keys"):
+            setattr(output, HANDED, {self._token: self.handed})
         self._reset()
         return self.losses.added_to(output)
 

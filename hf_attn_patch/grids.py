@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from .dispatch import Call
     from .program import Program
     from .rules import Rule
+    from .rules_dynamic import ChosenCells
     from .sites import Site
 
 Grid = tuple[int, ...]
@@ -20,7 +22,12 @@ TILE = 64  # tokens per side of the blocks that kernels skip
 
 def configured_grid(model: Any) -> Grid | None:
     """Token grid of a vision model at its configured image size; None where the config does not say."""
-    config = getattr(model.config, "vision_config", None) or model.config
+    return config_grid(model.config)
+
+
+def config_grid(config: Any) -> Grid | None:
+    """`configured_grid` of the config of a model, or of its vision part."""
+    config = getattr(config, "vision_config", None) or config
     image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if not image or not patch:
         return None
@@ -88,6 +95,28 @@ def saves_nothing(rule: Rule, grid: Grid) -> str | None:
     )
 
 
+def better_stride(patch: GridPatch, grid: Grid, prefix: int = 0) -> tuple[int, float] | None:
+    """(stride, share of tiles read) of the stride with which `patch` reads the fewest tiles on `grid`; None if it has
+    no such option or none saves anything. Queries that share a window touch fewer tiles."""
+    from .kernels.layout import layout_for
+
+    if "stride" not in {f.name for f in dataclasses.fields(patch)}:
+        return None
+    window = getattr(patch, "window", 1)
+    widest = min(window) if isinstance(window, tuple) else window
+    best = None
+    for stride in range(2, widest + 1):
+        try:
+            rule = dataclasses.replace(patch, **{"stride": stride}).rule(grid, prefix)
+        except ModelMismatchError:
+            continue
+        length = prefix + math.prod(grid)
+        share = layout_for(rule, length, length, block_q=TILE, block_k=TILE).density()[1]
+        if share < (1 if best is None else best[1]):
+            best = (stride, share)
+    return best
+
+
 class GridPatch(Patch):
     """Base of methods whose rule is tied to the token grid; a subclass has a `grid` option and says `rule`."""
 
@@ -103,6 +132,14 @@ class GridPatch(Patch):
             ModelMismatchError: the options do not fit the grid (the violated bound is named).
         """
         raise NotImplementedError
+
+    def fit(self, grid: Grid) -> None:
+        """Check that the options fit `grid`.
+
+        Raises:
+            ModelMismatchError: they do not (the violated bound is named).
+        """
+        self.rule(grid, 0)
 
     @property
     def given(self) -> Grid | None:
@@ -129,7 +166,7 @@ class GridPatch(Patch):
         if self.given is not None:
             fits = 1 <= len(self.given) <= 3 and all(g >= 1 for g in self.given)
             self.require(fits, "grid", "1 to 3 sizes >= 1")
-            self.rule(self.given, 0)
+            self.fit(self.given)
 
     def check_model(self, model: Any, sites: list[Site]) -> list[str]:
         grid = self.given or configured_grid(model)
@@ -139,8 +176,37 @@ class GridPatch(Patch):
             note = saves_nothing(self.rule(grid, 0), grid)
         except ModelMismatchError as error:  # other images may have another grid
             return [f"images of the configured size will be refused: {error}"]
+        if note is not None and (found := better_stride(self, grid)) is not None:
+            note += f", or use stride={found[0]}: {found[1]:.0%} of the tiles"
         return [] if note is None else [note]
 
     def edit(self, program: Program, call: Call) -> None:
         grid, prefix = call_grid(self.name, self.given, program, call)
         program.restrict(self.rule(grid, prefix), call.heads)
+
+
+class ChosenOnGrid(GridPatch):
+    """Base of methods that choose for every call which cells of the grid are read: a subclass has `fit`, `choose`."""
+
+    def fit(self, grid: Grid) -> None:
+        raise NotImplementedError
+
+    def choose(self, program: Program, call: Call, grid: Grid, prefix: int) -> ChosenCells:
+        """What the patches of this call read."""
+        raise NotImplementedError
+
+    def check_model(self, model: Any, sites: list[Site]) -> list[str]:
+        grid = self.given or configured_grid(model)
+        try:
+            if grid is not None:
+                self.fit(grid)
+        except ModelMismatchError as error:  # other images may have another grid
+            return [f"images of the configured size will be refused: {error}"]
+        return []
+
+    def edit(self, program: Program, call: Call) -> None:
+        grid, prefix = call_grid(self.name, self.given, program, call)
+        self.fit(grid)
+        rule = self.choose(program, call, grid, prefix)
+        program.share = rule.share()
+        program.restrict(rule, call.heads)

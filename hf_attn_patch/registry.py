@@ -65,6 +65,9 @@ class Patch:
     frees_cache: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     reorders_tokens: ClassVar[bool] = False
+    without_site: ClassVar[str] = (
+        ""  # what to do with a model that has no attention site (end of that refusal)
+    )
 
     def validate(self) -> None:
         """Check values that need no model. Raises `ConfigError`."""

@@ -52,3 +52,73 @@ class ColumnsDiagonals(Rule):
         columns, diagonals = (float(x.sum(-1).double().mean()) for x in (self.columns, self.diagonals))
         per_head = f"{columns:.0f} columns, {diagonals:.0f} diagonals per head"
         return f"ColumnsDiagonals({list(self.columns.shape)}, {per_head})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ChosenCells(Rule):
+    """Cells of a token grid that a method chose for this call: a query of cell m of head h of batch item b reads the
+    keys of cell n iff ``chosen[b, h, m, n]``. Cells of any shape and size, others for queries than for keys; a query
+    that chooses for itself is a cell of its own.
+
+    chosen: bool [B|1, layout heads, query cells, key cells]. q_cell, k_cell: cell of each token of the grid, int64 [N],
+    or [layout heads, N] where heads cut the grid differently. prefix: tokens before the grid, which read everything and
+    are read by everybody.
+    """
+
+    chosen: Tensor
+    q_cell: Tensor
+    k_cell: Tensor
+    prefix: int = 0
+    dynamic = True
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.chosen.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens of the grid."""
+        return self.k_cell.shape[-1]
+
+    def required_len(self) -> int:
+        return self.prefix + self.tokens
+
+    def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        batch = torch.arange(self.chosen.shape[0], device=q.device).reshape(-1, 1, 1, 1)
+
+        def cell(of: Tensor, position: Tensor) -> Tensor:
+            at = (position - self.prefix).clamp(0, self.tokens - 1)
+            return of[at] if of.ndim == 1 else of[head, at]
+
+        found = self.chosen[batch, head, cell(self.q_cell, q), cell(self.k_cell, k)]
+        return found | (q < self.prefix) | (k < self.prefix)
+
+    def alike(self) -> list[tuple[list[int], ChosenCells]]:
+        """The rule as rules of one cut each, with the layout heads of each."""
+        if self.q_cell.ndim == self.k_cell.ndim == 1:
+            return [(list(range(self.heads)), self)]
+        wide = lambda x: x.expand(self.heads, -1)
+        cuts: dict[bytes, list[int]] = {}
+        for head, cut in enumerate(torch.cat([wide(self.q_cell), wide(self.k_cell)], 1).cpu()):
+            cuts.setdefault(cut.numpy().tobytes(), []).append(head)
+        return [
+            (
+                on,
+                ChosenCells(
+                    self.chosen[:, on], wide(self.q_cell)[on[0]], wide(self.k_cell)[on[0]], self.prefix
+                ),
+            )
+            for on in cuts.values()
+        ]
+
+    def share(self) -> Tensor:
+        """Of the pairs of grid tokens, how many are read (0-d)."""
+        total = self.chosen.new_zeros((), dtype=torch.float64)
+        for _, rule in self.alike():
+            queries = torch.bincount(rule.q_cell, minlength=self.chosen.shape[2]).double()
+            keys = torch.bincount(rule.k_cell, minlength=self.chosen.shape[3]).double()
+            total = total + torch.einsum("bhmn,m,n->", rule.chosen.double(), queries, keys)
+        return total / (self.chosen.shape[0] * self.heads * self.tokens**2)
+
+    def __repr__(self) -> str:
+        return f"ChosenCells({list(self.chosen.shape)}, {self.tokens} tokens, prefix={self.prefix})"

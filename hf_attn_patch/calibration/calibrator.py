@@ -185,6 +185,8 @@ _BUILTIN = (
           "which heads look at the image while the model answers: a head set"),
     Entry("sink_dims", "hf_attn_patch.calibration.sink_dims:SinkDims",
           "channels of the hidden state that are huge in sink tokens: dims of var"),
+    Entry("paro", "hf_attn_patch.calibration.paro:ParoCalibrator",
+          "per head of a ViT the order of the grid's axes and the blocks that hold most of its attention"),
     Entry("vertical_slash", "hf_attn_patch.calibration.vertical_slash:VerticalSlashCalibrator",
           "columns and diagonals per query head by recall of the attention mass"),
 )  # fmt: skip

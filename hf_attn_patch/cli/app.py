@@ -34,6 +34,16 @@ Options = Annotated[
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 
 
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """``224`` or ``224x448`` (height x width) as two numbers."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(s.isdigit() and int(s) > 0 for s in sides):
+        raise typer.BadParameter(f"{text!r} is no image size; write 224 or 224x448 (height x width)")
+    return int(sides[0]), int(sides[-1])
+
+
 @app.callback()
 def _root(
     debug: Annotated[
@@ -168,10 +178,13 @@ def plan(
     heads: Annotated[str | None, typer.Option(help='query heads, e.g. "0,4-8"')] = None,
     part: Annotated[str | None, typer.Option(help="text, vision, audio, encoder, decoder or cross")] = None,
     impl: Annotated[str, typer.Option(help="auto, reference, torch or triton")] = "auto",
+    length: Annotated[int, typer.Option(help="tokens for which the tiles it visits are counted")] = 4096,
+    image: Annotated[str | None, typer.Option("--image-size", help="224 or 224x448 pixels")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a patch would do to a model; changes nothing."""
-    from .. import api
+    """Say what a patch would do to a model, and what it could save; changes nothing."""
+    from .. import api, cost
+    from ..errors import PatchError
     from ..eval.specs import SpecError, parse_patch_spec
     from .models import load_model
 
@@ -186,10 +199,15 @@ def plan(
         )
     loaded, _ = load_model(model)
     made = api.plan(loaded, spec.name, **{**spec.options, **scope})
+    try:
+        saved: Any = cost.simulate(loaded, made, length, image_size(image))
+    except PatchError as error:  # a part without a length or a grid: the plan itself stands
+        saved = None
+        note = f"what it saves is not known: {error}"
     if as_json:
-        print_json(made.to_dict())
+        print_json({**made.to_dict(), "simulation": None if saved is None else saved.to_dict()})
     else:
-        out.print(escape(str(made)), soft_wrap=True)
+        out.print(escape(f"{made}\n{note if saved is None else saved}"), soft_wrap=True)
 
 
 @app.command()
@@ -279,5 +297,7 @@ def demo(
 
 
 from . import calibrate as _calibrate  # noqa: E402, F401  registers its command
+from . import cost as _cost  # noqa: E402, F401
 from . import evaluate as _evaluate  # noqa: E402, F401
 from . import finetune as _finetune  # noqa: E402, F401
+from . import inspect as _inspect  # noqa: E402, F401

@@ -17,7 +17,10 @@ def finetune(
     data: Annotated[
         str,
         typer.Option(
-            "--data", "-d", help="text file, .jsonl, hub data set NAME[@CONFIG][:SPLIT], testbed:prose"
+            "--data",
+            "-d",
+            help="text file, .jsonl, hub data set NAME[@CONFIG][:SPLIT], testbed:prose; for vision models "
+            "testbed:scenes, testbed:digits, a folder of class folders or a hub id",
         ),
     ],
     folder: Annotated[
@@ -41,6 +44,10 @@ def finetune(
     batch: Annotated[int, typer.Option(help="examples per micro-batch and process")] = 4,
     accumulate: Annotated[int, typer.Option(help="micro-batches per step")] = 1,
     length: Annotated[int, typer.Option(help="tokens per example")] = 512,
+    images: Annotated[int, typer.Option(help="images of the data (vision models)")] = 600,
+    size: Annotated[
+        int | None, typer.Option(help="side of images in pixels; default: as the processor does")
+    ] = None,
     warmup: Annotated[int, typer.Option(help="steps of linear warm-up")] = 0,
     seed: Annotated[int, typer.Option(help="seed of order, LoRA and dropout")] = 0,
     dtype: Dtype = "float32",
@@ -49,7 +56,7 @@ def finetune(
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 200,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
 ) -> None:
-    """Train patches (routers, gates) and LoRA on a text, and write both adapters."""
+    """Train patches (routers, gates, prompts) and LoRA on a text or on labelled images, and write both adapters."""
     import os
 
     from ..eval.specs import parse_patch_spec
@@ -62,7 +69,7 @@ def finetune(
     recipe = Recipe(
         steps=steps, lr=lr, batch=batch, accumulate=accumulate, length=length, seed=seed, warmup=warmup,
         checkpointing=checkpointing, log_every=log_every, save_every=save_every,
-        lora=None if lora is None else Lora.parse(lora),
+        lora=None if lora is None else Lora.parse(lora), images=images, size=size,
     )  # fmt: skip
     loaded, tokenizer = load_model(model, dtype)
     trained = finetune(

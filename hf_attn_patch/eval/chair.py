@@ -93,6 +93,7 @@ class Chair(VlmTask):
         synonyms: coco, or a JSON file {object: [synonyms]}; None = coco, and the scenes' own table for testbed:scenes.
         prompt: what is asked; None = the prompt of the data, or the usual one. max_new_tokens: 512 and 64 are usual.
         template: prompt with {image} and {text}, None = the chat template. neutral: items of the neutral check.
+        heat_maps: captions of the dense model whose attention is drawn on the page.
     """
 
     data: str = sources.SCENES
@@ -104,6 +105,7 @@ class Chair(VlmTask):
     max_new_tokens: int = 128
     batch_size: int = 8
     neutral: int = NEUTRAL_ITEMS
+    heat_maps: int = 4
 
     name: ClassVar[str] = "chair"
     summary: ClassVar[str] = "objects that captions name and images lack, with recall, repetition (CHAIR)"

@@ -120,6 +120,12 @@ def run(
         variants, partial = measure(
             job, model, processor, states, items, reference, progress, journal, team, only
         )
+        pictures = job.attachments(items, MOST_ATTACHMENTS)
+        if out is not None and team.rank == 0:  # for the page
+            for known_ones, more in zip(
+                pictures or [], job.pictures(model, processor, items, variants[0].answers or [])
+            ):
+                known_ones.update(more)
     base = next(v for v in variants if v.label == compare)
     for variant in variants:
         summarise(variant, base, job, weights, groups, seed)
@@ -161,7 +167,7 @@ def run(
         seconds=time.perf_counter() - clock,
         notes=notes,
         checks=checks,
-        attachments=job.attachments(items, MOST_ATTACHMENTS),
+        attachments=pictures,
     )
     if out is not None and team.rank == 0:
         result.save(out)

@@ -74,6 +74,10 @@ _ENTRIES: dict[str, TaskEntry] = {
         _builtin("vqa", "vqa:Vqa", "short answers about images against those of ten people (VQA accuracy)"),
         _builtin("agreement", "agreement:Agreement", "features against the features of the same model, dense (vision)"),
         _builtin("knn", "knn:Knn", "k-nearest-neighbour accuracy of features on labelled images (vision)"),
+        _builtin("linear_probe", "probes:LinearProbe", "a linear classifier trained on frozen features (vision)"),
+        _builtin("attentive_probe", "probes:AttentiveProbe", "a head (ep, acmil, …) on frozen tokens (vision)"),
+        _builtin("localization", "localization:Localization", "heat maps against boxes of objects (vision)"),
+        _builtin("classify", "classify:Classify", "top-1 and top-5 of a model with a classifier (vision)"),
     )
 }  # fmt: skip
 

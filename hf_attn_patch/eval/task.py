@@ -146,6 +146,12 @@ class Task:
         """Pictures of the first `most` items for the page: title -> data URI or SVG text. Default: none."""
         return None
 
+    def pictures(
+        self, model: Any, processor: Any, items: list[Any], answers: list[str]
+    ) -> list[dict[str, str]]:
+        """Further pictures of the first items, made with the dense model after the measurement. Default: none."""
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """Name and configuration, ready for JSON."""
         return {"name": self.name, "config": asdict(self) if is_dataclass(self) else {}}

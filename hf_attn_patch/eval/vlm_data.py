@@ -143,6 +143,17 @@ class VlmTask(Task):
     def attachments(self, items: list[Item], most: int) -> list[dict[str, str]]:
         return [{"image": item.image.thumbnail()} for item in items[:most]]
 
+    def pictures(
+        self, model: Any, processor: Any, items: list[Item], answers: list[str]
+    ) -> list[dict[str, str]]:
+        from .vlm_pictures import of_answer
+
+        count = getattr(self, "heat_maps", 0)
+        return [
+            of_answer(model, processor, item.image, item.texts[0], answer, self.template)
+            for item, answer in zip(items[:count], answers)
+        ]
+
 
 def generate(
     model: Any,
@@ -164,6 +175,35 @@ def generate(
     from ..decoding import processors
 
     images = [image.load() for image, _ in asked]
+    inputs = inputs_of(model, processor, asked, template, images)
+    second = processors(model, inputs, processor=processor, images=images, texts=[text for _, text in asked])
+    pad = processor.tokenizer.pad_token_id
+    with torch.inference_mode():
+        out = model.generate(
+            **inputs,
+            max_new_tokens=new,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=second,
+            pad_token_id=processor.tokenizer.eos_token_id if pad is None else pad,
+        )
+    start = 0 if getattr(model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
+    return [text.strip() for text in processor.batch_decode(out[:, start:], skip_special_tokens=True)]
+
+
+def inputs_of(
+    model: Any,
+    processor: Any,
+    asked: Sequence[tuple[ImageRef, str]],
+    template: str | None = None,
+    images: list[Any] | None = None,
+) -> dict[str, Any]:
+    """Inputs of one batch of (image, text), padded on the left, on the device of `model`. images: already loaded.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    images = [image.load() for image, _ in asked] if images is None else images
     texts = [prompt(processor, text, template) for _, text in asked]
     bos = getattr(processor.tokenizer, "bos_token", None)
     # a chat template that writes <s> itself must not get a second one
@@ -181,19 +221,7 @@ def generate(
             ) from error
     inputs = {k: _moved(v, model) for k, v in dict(made).items()}
     _require_image_tokens(model, inputs["input_ids"], texts)
-    second = processors(model, inputs, processor=processor, images=images, texts=[text for _, text in asked])
-    pad = processor.tokenizer.pad_token_id
-    with torch.inference_mode():
-        out = model.generate(
-            **inputs,
-            max_new_tokens=new,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=second,
-            pad_token_id=processor.tokenizer.eos_token_id if pad is None else pad,
-        )
-    start = 0 if getattr(model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
-    return [text.strip() for text in processor.batch_decode(out[:, start:], skip_special_tokens=True)]
+    return inputs
 
 
 def prompt(processor: Any, text: str, template: str | None = None) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..program import Program
 from ..rules import Rule
-from ..rules_dynamic import ColumnsDiagonals
+from ..rules_dynamic import ChosenCells, ColumnsDiagonals
 from .buckets import attend_plan
 from .chosen import run_chosen
+from .chosen_cells import run_cells
 from .columns_diagonals import run_columns_diagonals
 from .layout import BlockLayout, layout_for
 from .plan import cost, plan_of
@@ -29,11 +30,8 @@ def run_plain(program: Program) -> Tensor:
     """softmax(scale q k^T) v over the keys that mask and rule allow, [B, H, L, Dv]."""
     mask = program.mask
     if program.rule is not None and program.rule.dynamic:
-        return (
-            run_columns_diagonals(program)
-            if isinstance(program.rule, ColumnsDiagonals)
-            else run_chosen(program)
-        )
+        runs = {ColumnsDiagonals: run_columns_diagonals, ChosenCells: run_cells}
+        return runs.get(type(program.rule), run_chosen)(program)
     if not mask.arithmetic or mask.kv_offset or program.dropout or program.query.device.type != "cpu":
         return run_rows(program)
     spans = mask.real_spans

@@ -160,6 +160,28 @@ def attend(
     return output.reshape(*query.shape[:3], value.shape[3]), probs
 
 
+def probabilities(program: Program, rows: Tensor) -> Tensor:
+    """Attention probabilities [B, H, n, S] of the rows with indices `rows` (int64 [n]), all edits included.
+
+    One block of rows at a time is what statistics need, so no L x S matrix has to exist. Not for ragged caches.
+    """
+    at, columns = program.mask.query_columns[rows], program.mask.key_columns
+    assert not program.ragged, "a cache with a span per head has no common keys"
+    query, key, value = program.query[:, :, rows], program.key, program.value
+    allowed = visible(program, at, columns)
+    return attend(program, query, key, value, allowed, at, columns, rows)[1]  # type: ignore[arg-type]
+
+
+def dense_probabilities(program: Program) -> Tensor:
+    """Probabilities [B, H, L, S] of a call that reads every key its mask allows, whatever its rules; no gradient."""
+    key, value = program.key, program.value
+    assert isinstance(key, Tensor) and isinstance(value, Tensor)
+    rows = torch.arange(program.q_len, device=program.query.device) + program.mask.q_offset
+    with torch.no_grad():
+        allowed = program.mask.block(rows, program.mask.key_columns)
+        return attend(program, program.query, key, value, allowed, rows, program.mask.key_columns)[1]
+
+
 def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
     """[B, H, L, E] -> [B, Hkv, H / Hkv * L, E]."""
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
@@ -186,11 +208,16 @@ def finish(
         mixed = (1 - blend.amount) * output + blend.amount * target
         selector = head_selector(blend.heads, program.num_heads, output.device)
         output = mixed if selector is None else torch.where(selector, mixed, output)
-    if program.head_gate is not None:
-        gate = program.head_gate.to(output.dtype)
-        gate = gate.reshape((1,) * (3 - gate.ndim) + tuple(gate.shape))
-        output = output * gate.permute(0, 2, 1)[..., None]
-    return output
+    return gated(program, output)
+
+
+def gated(program: Program, output: Tensor) -> Tensor:
+    """`output` [B, H, L, Dv] times the head gate."""
+    if program.head_gate is None:
+        return output
+    gate = program.head_gate.to(output.dtype)
+    gate = gate.reshape((1,) * (3 - gate.ndim) + tuple(gate.shape))
+    return output * gate.permute(0, 2, 1)[..., None]
 
 
 def per_query_head(tensor: Tensor, num_heads: int) -> Tensor:

@@ -58,9 +58,10 @@ def key_runs(program: Program, runs: list[Tensor]) -> list[list[tuple[int, int]]
         end = mask.kv_offset + S
         found = []
         for run in runs:
-            a, b = int(run[0]) + mask.q_offset, int(run[-1]) + mask.q_offset + 1
-            lo = max(0 if mask.window is None else a - mask.window + 1, mask.kv_offset)
-            found.append([(lo - mask.kv_offset, (min(b, end) if mask.causal else end) - mask.kv_offset)])
+            top, bottom = int(run[0]) + mask.q_offset, int(run[-1]) + mask.q_offset + 1
+            left = max(0 if mask.window is None else top - mask.window + 1, mask.kv_offset)
+            right = min(bottom, end) if mask.causal else end
+            found.append([(left - mask.kv_offset, right - mask.kv_offset)])
         return found
     first = torch.tensor([int(r[0]) for r in runs]) + mask.q_offset
     last = torch.tensor([int(r[-1]) for r in runs]) + mask.q_offset + 1

@@ -1,4 +1,4 @@
-"""`finetune`: patch a language model, add LoRA, train both with transformers' Trainer, write adapters and a log.
+"""`finetune`: patch a model, add LoRA, train both with transformers' Trainer, write adapters and a log.
 
 Several processes (``accelerate launch``), GPUs and checkpoints are Trainer's business; this file fills in arguments.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..added_tokens import takes_pixels
 from ..api import active, patch
 from ..dispatch import CHILD
 from ..errors import ConfigError
@@ -22,6 +23,7 @@ from .adapters import is_peft, save
 from .callback import PatchCallback
 from .checks import check_trainable, patch_parameters
 from .data import Collate, examples
+from .images import CollateImages, check_classes, image_examples
 
 LOG = "training.json"
 CHECKPOINTS = "checkpoints"
@@ -66,7 +68,8 @@ class Lora:
 
 @dataclass
 class Recipe:
-    """How to train. length: tokens per example. accumulate: micro-batches per step. warmup: steps. save_every: steps
+    """How to train. length: tokens per example. images, size: for vision models, how many images and their side in
+    pixels (None = as the processor does). accumulate: micro-batches per step. warmup: steps. save_every: steps
     between checkpoints. checkpointing: recompute layers in backward (non-reentrant) to save memory."""
 
     steps: int = 100
@@ -82,9 +85,11 @@ class Recipe:
     save_every: int = 200
     checkpointing: bool = False
     lora: Lora | None = None
+    images: int = 600
+    size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "save_every"):
+        for name in ("steps", "batch", "accumulate", "log_every", "save_every", "images"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"finetune: {name}={getattr(self, name)}, expected at least 1")
         if not self.lr > 0:
@@ -93,7 +98,8 @@ class Recipe:
 
 @dataclass
 class Trained:
-    """Outcome of a training. log: one dict per logged step. tokens: read in this run, without padding."""
+    """Outcome of a training. log: one dict per logged step. tokens: read in this run, without padding.
+    images: seen in this run (vision models)."""
 
     folder: Path
     model: Any = field(repr=False)
@@ -101,6 +107,7 @@ class Trained:
     log: list[dict[str, Any]] = field(default_factory=list, repr=False)
     seconds: float = 0.0
     tokens: int = 0
+    images: int = 0
 
     @property
     def loss(self) -> float | None:
@@ -109,9 +116,10 @@ class Trained:
 
     def __str__(self) -> str:
         p = self.parameters
+        seen, unit = (self.images, "images") if self.images else (self.tokens, "tokens")
         return (
-            f"{p['trained']:,} of {p['all']:,} parameters trained ({p['patch']:,} of patches), {self.tokens:,} tokens "
-            f"in {self.seconds:.1f} s ({self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s), last loss {self.loss}; "
+            f"{p['trained']:,} of {p['all']:,} parameters trained ({p['patch']:,} of patches), {seen:,} {unit} "
+            f"in {self.seconds:.1f} s ({seen / max(self.seconds, 1e-9):,.0f} {unit}/s), last loss {self.loss}; "
             f"adapters in {self.folder}"
         )
 
@@ -139,7 +147,8 @@ def prepare(model: Any, patches: Sequence[tuple[str, dict[str, Any]]], lora: Lor
     if lora is not None and peft is not None:
         config = peft.LoraConfig(
             r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets),
-            task_type="CAUSAL_LM", modules_to_save=[CHILD] if patch_parameters(model) else None,
+            task_type=None if takes_pixels(model) else "CAUSAL_LM",
+            modules_to_save=[CHILD] if patch_parameters(model) else None,
         )  # fmt: skip
         model = peft.get_peft_model(model, config)
     check_trainable(model)
@@ -157,11 +166,13 @@ def finetune(
     resume: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> Trained:
-    """Train patches and LoRA of a language model on `data`.
+    """Train patches and LoRA of a language model, or of a vision model with classes, on `data`.
 
     Args:
         model: a plain transformers model that returns a loss for labels; it is patched and trained in place.
-        data: see `data.examples`. out: folder of adapters, checkpoints and log. patches: (name, options of
+        tokenizer: of the model; the image processor of a vision model.
+        data: see `data.examples`; for vision models `images.image_examples`. out: folder of adapters,
+        checkpoints and log. patches: (name, options of
         `hap.patch`). resume: go on from the last checkpoint in `out`. callbacks: more Trainer callbacks.
 
     Raises:
@@ -180,20 +191,30 @@ def finetune(
         )
     if resume and not last:
         raise ConfigError(f"nothing to resume: {folder / CHECKPOINTS} holds no checkpoint")
-    if tokenizer is None:
+    vision = takes_pixels(model)
+    if tokenizer is None and not vision:
         raise ConfigError(
             "finetune needs the tokenizer of the model; tiny: models and vision models have none"
         )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and recipe.length > limit:
+    if limit is not None and recipe.length > limit and not vision:
         raise ConfigError(f"length={recipe.length}, the model has {limit} positions")
-    rows = examples(data, tokenizer, recipe.length)
+    collate: Any
+    if vision:
+        rows = image_examples(model, tokenizer, data, recipe.images, recipe.size, recipe.seed)
+        check_classes(model, rows, patches)
+        collate = CollateImages()
+    else:
+        rows = examples(data, tokenizer, recipe.length)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        collate = Collate(pad)
     arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed,
         per_device_train_batch_size=recipe.batch, gradient_accumulation_steps=recipe.accumulate,
         warmup_steps=recipe.warmup, lr_scheduler_type=recipe.schedule, max_grad_norm=recipe.clip,
         logging_steps=recipe.log_every, logging_first_step=True, logging_nan_inf_filter=False,
-        save_steps=recipe.save_every, save_total_limit=2, include_num_input_tokens_seen="non_padding",
+        save_steps=recipe.save_every, save_total_limit=2,
+        include_num_input_tokens_seen="no" if vision else "non_padding",
         report_to=[], remove_unused_columns=False, ddp_find_unused_parameters=False, use_cpu=not _accelerator(),
         disable_tqdm=True, **(_checkpointing(TrainingArguments) if recipe.checkpointing else {}),
     )  # fmt: skip
@@ -204,9 +225,8 @@ def finetune(
     parameters = check_trainable(model)
     if recipe.checkpointing and is_peft(model):
         model.enable_input_require_grads()  # the first checkpointed layer has no other input with a gradient
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=Collate(pad),  # type: ignore[arg-type]
+        model=model, args=arguments, train_dataset=rows, data_collator=collate,  # type: ignore[arg-type]
         callbacks=[PatchCallback(), *callbacks],
     )  # fmt: skip
     before = (
@@ -220,6 +240,10 @@ def finetune(
     model.eval()
     tokens = int(trainer.state.num_input_tokens_seen) - before
     result = Trained(folder, model, parameters, list(trainer.state.log_history), seconds, tokens)
+    if vision:
+        begun = int(last.rpartition("-")[2]) if last else 0
+        steps = int(trainer.state.global_step) - begun
+        result.images = steps * recipe.batch * recipe.accumulate * arguments.world_size
     if trainer.is_world_process_zero():
         if active(model) or is_peft(model):
             save(model, folder)

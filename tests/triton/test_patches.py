@@ -27,6 +27,10 @@ NO_KERNEL = {
     "quest",
     "xattention",  # their examples choose per query; tests/test_block_topk.py has blocks of queries
     "vertical_slash",  # refused, and says why: tests/test_vertical_slash.py
+    "biformer",
+    "vmoba",
+    "sparsifiner",
+    "paro",  # cells of the grid chosen for a call: refused, and says why (tests/test_chosen_cells.py)
     "hgai",  # the mean over heads needs every head's scores at once: refused in kernels/triton/__init__.py
 }
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "dinov2", "llava")
@@ -91,7 +95,7 @@ def test_forward_of_a_padded_batch(family, name, options):
 
 @pytest.mark.parametrize("name, options", [
     ("streaming", dict(sinks=2, window=9)), ("moa", None), ("head_gate", None), ("var", None),
-    ("pai", None), ("vaf", None), ("attnreal", dict(move=0.8)),
+    ("pai", None), ("vaf", None), ("vhr", None), ("attnreal", dict(move=0.8)),
 ])  # fmt: skip
 def test_generation_reads_the_cache_as_the_reference_does(name, options):
     family = "llava" if registry.get(name).__module__.split(".")[-2] == "grounding" else "llama"

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...masks import Mask
 from ...program import Program
 from ...rules import ChosenBlocks, Rule
-from ...rules_dynamic import ColumnsDiagonals
+from ...rules_dynamic import ChosenCells, ColumnsDiagonals
 from ..layout import BlockLayout
 from ..layout import layout_for as cached_layout
 from .layout_attention import Padding
@@ -76,6 +76,10 @@ def why_not(program: Program) -> str | None:
         if isinstance(rule, ColumnsDiagonals):
             return (
                 "columns and diagonals were chosen for this call, and a layout of blocks would read far more"
+            )
+        if isinstance(rule, ChosenCells):
+            return (
+                "cells of a token grid were chosen for this call; kernels take blocks of consecutive tokens"
             )
         if not isinstance(rule, ChosenBlocks):
             return "blocks chosen for this call, combined with another rule or on some heads only"
