@@ -176,6 +176,7 @@ def table(options: argparse.Namespace) -> None:
     cost_rows = (
         json.loads((options.out / "cost.json").read_text()) if (options.out / "cost.json").exists() else {}
     )
+    questions = 0
     lines = [
         "| method | CHAIR_s | CHAIR_i | recall | words | repeated | POPE F1 random / popular / adversarial | yes | "
         "neutral == dense | time per token |",
@@ -183,13 +184,16 @@ def table(options: argparse.Namespace) -> None:
     ]
     for kind in options.kinds:
         chair, pope = read("chair", kind), read("pope", kind)
+        questions = pope["items"] if kind == options.kinds[0] else questions
         by_label = {v["label"]: v for v in pope["variants"]}
         checks = {c["label"]: f"{c['same']} of {c['total']}" for c in chair["checks"]}
         for variant in chair["variants"]:
             name = variant["label"]
             if name == "dense" and kind != options.kinds[0]:
-                continue
-            a, other = variant["aggregates"], by_label.get(name)
+                if pope["items"] == questions:
+                    continue
+                name = "dense, on the questions of the decodings"
+            a, other = variant["aggregates"], by_label.get(variant["label"])
             f1 = yes = ""
             if other:
                 groups = other["by_group"]["f1"]
@@ -207,9 +211,31 @@ def table(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def mistakes(options: argparse.Namespace) -> None:
+    """What kind the imagined objects of the dense captions are: prior (seen together in training) or mistaken for."""
+    from collections import Counter
+
+    from hf_attn_patch.eval.object_words import ObjectWords
+    from hf_attn_patch.testbed import scenes
+    from hf_attn_patch.testbed.objects import PARTNER
+
+    result = json.loads((options.out / "chair-patches" / "result.json").read_text())
+    dense = next(v for v in result["variants"] if v["label"] == "dense")
+    words = ObjectWords.of(scenes.SYNONYMS)
+    found: Counter[str] = Counter()
+    for row, answer in zip(scenes.build("test", result["items"], seed=0), dense["answers"]):
+        there = {o["name"] for o in row["objects"]}
+        said = [m.name for m in words.mentions(answer)]
+        for name in (n for n in said if n not in there):
+            near = PARTNER.get(name) in there
+            found["partner" if near else "group" if name in scenes.GROUPS[row["group"]] else "neither"] += 1
+            found["caption misses an object" if there - set(said) else "caption is complete"] += 1
+    print(f"imagined mentions: {dict(found)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("step", choices=("tune", "chair", "pope", "cost", "table"))
+    parser.add_argument("step", choices=("tune", "chair", "pope", "cost", "table", "mistakes"))
     parser.add_argument("--kind", dest="kinds", action="append", choices=tuple(KINDS))
     parser.add_argument("--model", default="testbed:llava")
     parser.add_argument("--device", default="cpu")
@@ -229,7 +255,7 @@ def main() -> None:
         for kind in options.kinds:
             measure(task, kind, chosen_values(kind, options), options.out / f"{options.step}-{kind}", options)
     else:
-        {"tune": tune, "cost": cost, "table": table}[options.step](options)
+        {"tune": tune, "cost": cost, "table": table, "mistakes": mistakes}[options.step](options)
 
 
 if __name__ == "__main__":

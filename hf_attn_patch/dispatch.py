@@ -182,7 +182,9 @@ class PatchStack(nn.Module):
         # one forced choice wins over auto; two different forced ones were refused at patch time
         impl = next((p.entry.impl for p in active if p.entry.impl != "auto"), "auto")
         plain = impl == "auto" and not program.ragged and not program.need_weights
-        if plain and same_state(before, program.state()):  # a layer out of range, a call that is not its business
+        if plain and same_state(
+            before, program.state()
+        ):  # a layer out of range, a call that is not its business
             output, weights = native_attention(module, self.native, query, key, value, attention_mask, kwargs)
             for patch in active:
                 patch.last = summary(program, Result(output, None, self.native, "nothing was edited"))

@@ -378,7 +378,9 @@ def test_eval_measures_what_finetune_wrote(tmp_path, text, capsys, monkeypatch):
 
     made = run(tmp_path / "out", text)
     capsys.readouterr()  # the log of Trainer
-    monkeypatch.setattr(models, "load_model", lambda name, dtype="float32": (language_model(), characters()))
+    monkeypatch.setattr(
+        models, "load_model", lambda name, dtype="float32", takes=None: (language_model(), characters())
+    )
     command = [
         "eval",
         "perplexity:tokens=64,context=64",

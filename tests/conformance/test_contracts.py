@@ -360,7 +360,9 @@ def test_trainable_patch_has_gradients(case):
     own = [p for n, p in model.named_parameters() if "attn_patch" in n]
     if own:
         loss = model.train()(**inputs_of(case.family))[0].square().sum()
-        (loss + sum(hap.aux_losses(model, weighted=True).values())).backward()  # some learn from a loss of their own
+        (
+            loss + sum(hap.aux_losses(model, weighted=True).values())
+        ).backward()  # some learn from a loss of their own
         # a tower may end before its last layer (LLaVA reads features of layer -2)
         reached = [p for p in own if p.grad is not None]
         assert len(reached) >= len(own) // 2 and any(float(p.grad.abs().max()) > 0 for p in reached)
