@@ -201,8 +201,8 @@ def table(options: argparse.Namespace) -> None:
                 yes = f"{other['aggregates']['yes_ratio']:.2f}"
             bare = name.split("(")[0].split(":")[0]
             time_per_token = f"x{cost_rows[bare]['token']:.2f}" if bare in cost_rows else ""
-            low, high = variant.get("difference", {}).get("chair_s", {}).get("interval", (None, None))
-            spread = "" if low is None else f" [{low:+.1f}, {high:+.1f}]"
+            gap = variant.get("difference", {}).get("chair_s")
+            spread = "" if gap is None else f" [{gap['low']:+.1f}, {gap['high']:+.1f}]"
             lines.append(
                 f"| {name} | {a['chair_s']:.1f}{spread} | {a['chair_i']:.1f} | {a['recall']:.1f} | {a['words']:.1f} | "
                 f"{a['repeated']:.1f} | {f1} | {yes} | {checks.get(name, '')} | {time_per_token} |"
