@@ -45,7 +45,8 @@ DECODINGS: dict[str, list[dict[str, Any]]] = {
     "pai": [{}, {"gamma": 1.5}],
     "agla": [{}, {"alpha": 1.0}],
 }
-KINDS = {"patches": PATCHES, "decodings": DECODINGS}
+TOWERS: dict[str, list[dict[str, Any]]] = {"paint": [{}]}  # methods that look at the vision tower too
+KINDS = {"patches": PATCHES, "towers": TOWERS, "decodings": DECODINGS}
 TUNING_SEED, TUNING, CHAIR, POPE = 1000, 32, 50, 16  # images
 
 
@@ -57,7 +58,7 @@ def text(name: str, options: dict[str, Any]) -> str:
 def variants(kind: str, values: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Keyword arguments of `run`."""
     specs = [text(name, options) for name, tried in values.items() for options in tried]
-    return {"patches": specs} if kind == "patches" else {"patches": (), "decodings": specs}
+    return {"patches": (), "decodings": specs} if kind == "decodings" else {"patches": specs}
 
 
 def label(kind: str, name: str, options: dict[str, Any]) -> str:
@@ -140,7 +141,7 @@ def cost(options: argparse.Namespace) -> None:
                 )
             return time.perf_counter() - start
 
-        if kind == "patches":
+        if kind in ("patches", "towers"):
             with patched(model, name, **values):
                 first, whole = timed(1), timed(new)
         else:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -199,7 +198,7 @@ class Program:
 
     def state(self) -> tuple[Any, ...]:
         """All fields, lists by their lengths: two states of one program are `same_state` if no method changed it."""
-        return (*_values(self), *map(len, _lists(self)))
+        return tuple([getattr(self, n) for n in _VALUES] + [len(getattr(self, n)) for n in _LISTS])
 
     # -- what methods call ------------------------------------------------------------------------------------
 
@@ -301,13 +300,12 @@ class Program:
 
 
 _LISTS = ("rules", "score_edits", "mass_edits", "blends", "output_gates", "observers")
-_lists = attrgetter(*_LISTS)
-_values = attrgetter(*(f.name for f in fields(Program) if f.name not in _LISTS))
+_VALUES = tuple(f.name for f in fields(Program) if f.name not in _LISTS)  # torch.compile traces no attrgetter
 
 
 def same_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
     """True if two results of `Program.state` are the same objects (numbers: equal)."""
-    return all(a is b or (isinstance(a, (int, float)) and a == b) for a, b in zip(before, after))
+    return all([a is b or (isinstance(a, (int, float)) and a == b) for a, b in zip(before, after)])
 
 
 def head_selector(heads: Sequence[int] | None, num_heads: int, device: torch.device) -> Tensor | None:

@@ -31,6 +31,7 @@ NO_KERNEL = {
     "vmoba",
     "sparsifiner",
     "paro",  # cells of the grid chosen for a call: refused, and says why (tests/test_chosen_cells.py)
+    "tcpa",  # a key class per prompt, more than the four the kernel keeps: refused, and says so
     "hgai",  # the mean over heads needs every head's scores at once: refused in kernels/triton/__init__.py
 }
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "dinov2", "llava")
