@@ -23,7 +23,7 @@ from .errors import CompositionError, ConfigError, ModelMismatchError, PatchErro
 from .kernels import check_impl, prepare, unavailable
 from .reporting import PatchReport, build_report
 from .selection import Selector
-from .sites import PARTS, Site, attention_classes, base_model, find_sites, why_not_dispatchable
+from .sites import PARTS, Site, attention_classes, base_model, find_sites, left_alone, why_not_dispatchable
 
 STATE = "_attn_patch_state"
 CACHE_POLICIES = ("auto", "keep")
@@ -255,7 +255,8 @@ def _ranges(numbers: list[int]) -> str:
 class Plan:
     """What `patch` would do: made before anything changes, printed by ``hf-attn-patch plan``.
 
-    sites: the sites that would change, with the config each would get. warnings: things worth knowing.
+    sites: the sites that would change, with the config each would get. warnings: things worth knowing. left_alone:
+    attention modules that no patch can reach, and that stay as they are.
     """
 
     config: registry.Patch
@@ -267,6 +268,7 @@ class Plan:
     variants: list[list[tuple[tuple[int, ...] | None, registry.Patch]]]
     untouched: int
     warnings: list[str] = field(default_factory=list)
+    left_alone: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data."""
@@ -284,6 +286,7 @@ class Plan:
             ],
             "untouched_sites": self.untouched,
             "warnings": self.warnings,
+            "left_alone": self.left_alone,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -295,6 +298,7 @@ class Plan:
             own = "" if variants[0][1] == self.config else f"  {variants[0][1]}"
             lines.append(f"  {site}{note}{own}")
         lines += [f"  warning: {w}" for w in self.warnings]
+        lines += [f"  left alone: {w}, which has no dispatch" for w in self.left_alone]
         return "\n".join(lines)
 
 
@@ -425,8 +429,12 @@ def plan(
         )
     variants = [_variants(config, site, layers, heads, count) for site in chosen]
     for site, kinds in zip(chosen, variants):
-        if (reason := why_not_dispatchable(site.module)) is not None:
-            raise ModelMismatchError(f"{config.name}: {site.path} cannot be patched: {reason}")
+        if (reason := site.refused or why_not_dispatchable(site.module)) is not None:
+            fit = [s.layer for s in candidates if not (s.refused or why_not_dispatchable(s.module))]
+            raise ModelMismatchError(
+                f"{config.name}: {site.path} cannot be patched: {reason}"
+                + (f". Choose other layers: layers={fit}" if fit else "")
+            )
         if config.causal_only and not site.causal:
             raise ModelMismatchError(f"{config.name} needs causal attention, {site.path} is bidirectional")
         for _, special in kinds:
@@ -463,6 +471,7 @@ def plan(
         variants=variants,
         untouched=len(everything) - len(chosen),
         warnings=list(dict.fromkeys(notes)),
+        left_alone=left_alone(base),
     )
 
 

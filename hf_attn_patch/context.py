@@ -23,6 +23,7 @@ from . import image_free as without_image
 from . import inside
 from .errors import CacheError, PatchError
 from .losses import Losses
+from .pixel_grid import SeenGrid, seen_grid
 from .sites import layer_module
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class Context:
         prompt_length: tokens of the prompt = length of the first forward that filled the cache; without a cache
             the length of this forward. `hap.prompt(model, length=...)` overrides it (teacher-forced scoring).
         image_keys: bool [B, columns seen], or None when no input ids were given.
-        grid: patch grid, e.g. (16, 16) or (T, Gh, Gw), of the pixel values in this forward.
+        grid: patch grid, e.g. (16, 16) or (T, Gh, Gw), of the pixel values in this forward. pixels: that grid, or why
+            there is none (`pixel_grid.SeenGrid`).
         override: what `hap.prompt` said about this forward. output_attentions: what the caller asked for, or None.
     """
 
@@ -96,7 +98,7 @@ class Context:
         self.cache: Any = None
         self.override: dict[str, Any] = {}
         self.output_attentions: bool | None = None
-        self.grid: tuple[int, ...] | None = None
+        self.pixels = SeenGrid()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         return copy_with_model(self, memo)
@@ -113,6 +115,10 @@ class Context:
         self.__dict__.update(state)
         self._token = uuid.uuid4().hex
         self._depth = 0
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        return self.pixels.grid
 
     # -- what methods read ------------------------------------------------------------------------------------
 
@@ -189,7 +195,7 @@ class Context:
     def aside(self, one: without_image.Pass) -> Iterator[without_image.Pass]:
         """Inside, the model runs `one`, a forward of its own; the facts of the running forward come back after it."""
         names = (
-            "_forward", "_inputs", "_said", "_depth", "inside", "cache", "override", "output_attentions", "grid",
+            "_forward", "_inputs", "_said", "_depth", "inside", "cache", "override", "output_attentions", "pixels",
             "losses", "image_free_pass",
         )  # fmt: skip
         before = {name: getattr(self, name) for name in names}
@@ -257,9 +263,7 @@ class Context:
                 "the head_gate patch instead",
                 stacklevel=2,
             )
-        pixels = given.get("pixel_values", given.get("pixel_values_videos"))
-        if isinstance(pixels, Tensor):
-            self.grid = grid_of(pixels, getattr(module, "config", None)) or self.grid
+        self.pixels = seen_grid(given, names, getattr(module, "config", None)) or self.pixels
         ids = given.get("input_ids", given.get("decoder_input_ids"))
         embeds = given.get("inputs_embeds")
         fresh = ids if isinstance(ids, Tensor) else embeds
@@ -316,7 +320,7 @@ class Context:
     def facts(self, path: str) -> dict[str, Any]:
         """Facts of the running forward for the layer at `path`: gradient checkpointing runs the layer again during
         backward, when this forward is over and others may have run since."""
-        names = ("_forward", "grid", "override", "output_attentions")
+        names = ("_forward", "pixels", "override", "output_attentions")
         inputs = {path: self._inputs[path]} if path in self._inputs else {}
         return {**{name: getattr(self, name) for name in names}, "_inputs": inputs}
 
@@ -338,7 +342,7 @@ class Context:
         self._recomputed.add(path)
         if facts is None:
             notes = self._notes[path]
-            alike = not self.needs & {"image_keys", "prompt"} and len({n["grid"] for n in notes}) == 1
+            alike = not self.needs & {"image_keys", "prompt"} and len({n["pixels"] for n in notes}) == 1
             if len(notes) > 1 and not alike:
                 self._recomputed.update(self._notes)
                 raise PatchError(
@@ -456,24 +460,6 @@ def image_token_ids(config: Any) -> list[int]:
             if isinstance(value, int) and value not in found:
                 found.append(value)
     return found
-
-
-def grid_of(pixels: Tensor, config: Any) -> tuple[int, ...] | None:
-    """Patch grid of pixel values [B, C, H, W] or [B, T, C, H, W] for a vision config; None if it does not say."""
-    vision = getattr(config, "vision_config", None) or config
-    patch, tubelet = getattr(vision, "patch_size", None), getattr(vision, "tubelet_size", None)
-    if patch is None and tubelet is None:
-        return None
-    if isinstance(tubelet, (tuple, list)) and len(tubelet) == 3:
-        time, height, width = tubelet
-    else:
-        sides = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
-        time, height, width = tubelet or 1, sides[-2], sides[-1]
-    if pixels.ndim == 4:
-        return (pixels.shape[-2] // height, pixels.shape[-1] // width)
-    if pixels.ndim == 5 and tubelet:
-        return (pixels.shape[1] // time, pixels.shape[-2] // height, pixels.shape[-1] // width)
-    return None
 
 
 def site_patches(model: nn.Module) -> list[SitePatch]:

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelMismatchError
+from .pixel_grid import SeenGrid
 from .registry import Patch
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ def call_grid(name: str, given: Grid | None, program: Program, call: Call) -> tu
     Raises:
         ModelMismatchError: the grid is unknown, or the tokens of the call are not that grid plus prefix tokens.
     """
-    grid = given
-    if grid is None and call.context is not None:
-        grid = call.context.grid
+    seen = getattr(call.context, "pixels", SeenGrid(getattr(call.context, "grid", None)))
+    if not seen.ordered:
+        raise ModelMismatchError(f"{name}: {seen.why_not}")
+    grid = given or seen.grid
     if grid is None:
         raise ModelMismatchError(
             f"{name}: no pixel values were seen before {call.path} (or its layer is recomputed by gradient "
@@ -59,7 +61,16 @@ def call_grid(name: str, given: Grid | None, program: Program, call: Call) -> tu
     if prefix < 0 or program.mask.kv_len != program.q_len:
         raise ModelMismatchError(
             f"{name}: {call.path} attends {program.q_len} x {program.mask.kv_len} tokens, which is not the "
-            f"grid {grid} of {tokens} tokens plus prefix tokens (a merging or windowed backbone?)"
+            f"grid {grid} of {tokens} tokens plus prefix tokens (a merging, windowed or masked backbone?)"
+        )
+    if seen.grid is not None and grid != seen.grid and math.prod(seen.grid) <= program.q_len:
+        raise ModelMismatchError(
+            f"{name}: grid={grid} was given, the pixel values of this forward have the grid {seen.grid}. Leave grid out"
+        )
+    if seen.images is not None and program.batch < seen.images:
+        raise ModelMismatchError(
+            f"{name}: the {seen.images} images of this forward are {program.batch} sequence(s) in {call.path}, so "
+            "several grids share a sequence; run one image per forward"
         )
     return grid, prefix
 

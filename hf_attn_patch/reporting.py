@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import EAGER_NAME, NAME, SitePatch, stacks_of
+from .sites import left_alone
 
 if TYPE_CHECKING:
     from .api import PatchHandle
@@ -144,4 +145,5 @@ def build_report(handle: PatchHandle, note: str) -> PatchReport:
             f"the attention implementation was set to {other!r} after patching, so the patch is not reached; remove it "
             "and patch again"
         )
+    notes += [f"left alone: {one}, which has no dispatch" for one in left_alone(entry.model)]
     return PatchReport(entry.config.name, entry.config.to_dict(), entry.impl, entry.enabled, rows, notes)

@@ -39,6 +39,7 @@ class Site:
         parts: every part name that selects it, e.g. {"encoder", "audio"} for Whisper's encoder.
         causal: True if queries never see later keys. num_heads, num_kv_heads: H, Hkv (None = not inspectable).
         head_dim: D of queries and keys. window: sliding window of the model itself, in keys.
+        refused: why no method fits what this module computes, or None.
         projections: name of the query, key, value, output projection (or "fused") below the module.
     """
 
@@ -52,6 +53,7 @@ class Site:
     num_kv_heads: int | None
     head_dim: int | None
     window: int | None = None
+    refused: str | None = None
     projections: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
@@ -129,9 +131,10 @@ def register_site_facts(class_name: str, **facts: Any) -> None:
 
     Args:
         facts: any of part, causal, num_heads, num_kv_heads, head_dim, window; a string that starts with ``.``
-            is an attribute path from the module, e.g. ``num_heads=".config.n_head"``.
+            is an attribute path from the module, e.g. ``num_heads=".config.n_head"``. refuse: sentence that says why
+            no method fits this module.
     """
-    allowed = {"part", "causal", "num_heads", "num_kv_heads", "head_dim", "window"}
+    allowed = {"part", "causal", "num_heads", "num_kv_heads", "head_dim", "window", "refuse"}
     if unknown := set(facts) - allowed:
         raise ModelMismatchError(f"site facts {sorted(unknown)} are unknown; known: {sorted(allowed)}")
     _site_facts().setdefault(class_name, {}).update(facts)
@@ -303,6 +306,7 @@ def find_sites(model: nn.Module) -> list[Site]:
                 num_kv_heads=facts.get("num_kv_heads", kv),
                 head_dim=facts.get("head_dim", dim),
                 window=facts.get("window", window if isinstance(window, int) else None),
+                refused=facts.get("refuse"),
                 projections=projections,
             )
         )
@@ -332,6 +336,22 @@ def attention_classes(model: nn.Module) -> list[str]:
         if "attention" in type(m).__name__.lower() and not is_site(m)
     }
     return sorted(names)
+
+
+def left_alone(model: nn.Module) -> list[str]:
+    """Attention that stays as it is, as ``path (class)``: modules with weights that are called attention, have no
+    dispatch, and neither contain a site nor sit in one (the pooling head of SigLIP)."""
+    base = base_model(model)
+    inside = tuple(f"{path}." for path, _ in _iterate(base))
+    found: list[str] = []
+    for path, module in base.named_modules():
+        if "attention" not in type(module).__name__.lower() or next(module.parameters(), None) is None:
+            continue
+        if f"{path}.".startswith((*inside, *(f"{one.split(' ')[0]}." for one in found))):
+            continue
+        if not any(is_site(m) for m in module.modules()):
+            found.append(f"{path} ({type(module).__name__})")
+    return found
 
 
 def layer_module(model: nn.Module, path: str) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchError
 from ..masks import Mask
+from ..pixel_grid import SeenGrid
 from ..program import Program
 from ..sites import Site
 
@@ -21,7 +22,7 @@ class Forward:
 
     def __init__(self, model: Any, length: int, grid: tuple[int, ...] | None, image_tokens: int = 0):
         self.model, self.config = model, model.config
-        self.grid, self.prompt_length, self.seen = grid, length, 0
+        self.grid, self.pixels, self.prompt_length, self.seen = grid, SeenGrid(grid), length, 0
         self.memory: dict[str, Any] = {}
         self.scratch: dict[Any, Any] = {}
         self.handed: dict[str, Any] = {}

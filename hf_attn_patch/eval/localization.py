@@ -149,7 +149,7 @@ def cls_maps(model: Any, pixels: Any) -> Any:
     import torch
 
     from ..api import patched
-    from ..context import grid_of
+    from ..pixel_grid import grid_of
     from ..kernels import attention
 
     kept: dict[int, Any] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..api import active, patched
-from ..context import grid_of
+from ..pixel_grid import grid_of
 from ..errors import ConfigError, PatchError
 from ..kernels.reference import probabilities
 from ..program import Program

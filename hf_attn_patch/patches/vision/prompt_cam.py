@@ -181,7 +181,7 @@ def studied(model: nn.Module, study: Study) -> Iterator[Study]:
 @torch.no_grad()
 def class_maps(model: nn.Module, pixel_values: Tensor) -> ClassMaps:
     """Logits and maps of all classes for images [B, 3, height, width], in one forward."""
-    from ...context import grid_of
+    from ...pixel_grid import grid_of
 
     with studied(model, Study(answering(model)[1].classes)) as study:
         logits = model(pixel_values=pixel_values).logits
