@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch
+from hf_attn_patch import dispatch, registry
 from hf_attn_patch.calibration.paro import block_masses, heaviest
 from hf_attn_patch.errors import ConfigError, ModelMismatchError
 from hf_attn_patch.patches.vision.paro import orders, packed, slots, unpacked
+from hf_attn_patch.sites import find_sites
 from tests.conformance.families import forward
 from tests.test_vision import image, vit
 
@@ -177,3 +179,57 @@ def test_a_calibration_without_images_says_what_it_needs(tmp_path):
         hap.calibrate(vit(4), "paro")
     with pytest.raises(hap.PatchError, match="is not a folder"):
         hap.calibrate(vit(4), "paro", images=str(tmp_path / "none"))
+
+
+def test_int8_scores_are_integer_products_in_the_order_of_the_head(programs):
+    model = vit(4, num_hidden_layers=1)
+    plan = plan_of(model, ["hw", "wh"], torch.eye(4, dtype=torch.bool), (4, 4), 4)
+    forward(model, image(4))
+    with hap.patched(model, "paro", plan=plan):
+        forward(model, image(4))
+    with hap.patched(model, "paro", plan=plan, int8=True):
+        forward(model, image(4))
+    exact, whole = programs[-2][0], programs[-1][0]
+    for head in range(exact.num_heads):
+        order = torch.cat([torch.zeros(1).long(), 1 + slots((4, 4), ["hw", "wh"][head % 2]).argsort()])
+        sides = []
+        for x, block in ((exact.query, 32), (exact.key - exact.key.mean(2, keepdim=True), 4)):
+            x = x[0, head, order]
+            parts = [x[:1], *x[1:].split(block)]
+            scales = [p.abs().max() / 127 for p in parts]
+            ints = torch.cat([(p / s).round() for p, s in zip(parts, scales)])
+            assert ints.abs().max() == 127
+            sides.append((ints.to(torch.int8), torch.cat([s.expand(len(p)) for p, s in zip(parts, scales)])))
+        (q, q_scale), (k, k_scale) = sides
+        products = (q.long() @ k.long().T).double() * q_scale[:, None] * k_scale
+        found = whole.query[0, head, order] @ whole.key[0, head, order].T
+        torch.testing.assert_close(found, products)
+        shift = exact.query[0, head, order] @ exact.key[0, head].mean(0)
+        step = q_scale[:, None] / 2 * exact.key[0, head].abs().sum(-1).max() * 2
+        away = exact.query[0, head, order] @ exact.key[0, head, order].T - shift[:, None] - found
+        assert (
+            0 < away.abs().max() < step.max() + k_scale.max() / 2 * exact.query[0, head].abs().sum(-1).max()
+        )
+
+
+def test_int8_is_limited_to_heads_and_passes_gradients(programs):
+    model = vit(4, num_hidden_layers=1)
+    plan = plan_of(model, ["hw"], torch.ones(4, 4, dtype=torch.bool), (4, 4), 4)
+    pixels = image(4)["pixel_values"].requires_grad_()
+    with hap.patched(model, "paro", plan=plan, int8=True, heads=[1]):
+        model(pixel_values=pixels).last_hidden_state.square().sum().backward()
+    program = programs[-1][0]
+    with hap.patched(model, "paro", plan=plan):
+        forward(model, image(4))
+    plain = programs[-1][0]
+    assert torch.equal(program.query[:, 0], plain.query[:, 0])
+    assert not torch.equal(program.query[:, 1], plain.query[:, 1])
+    assert pixels.grad is not None and float(pixels.grad.abs().sum()) > 0
+
+
+def test_int8_needs_keys_of_their_own_for_every_head():
+    model = vit(4, num_hidden_layers=1)
+    plan = plan_of(model, ["hw"], torch.ones(4, 4, dtype=torch.bool), (4, 4), 4)
+    site = dataclasses.replace(find_sites(model)[0], num_kv_heads=1)
+    with pytest.raises(ModelMismatchError, match="1 KV heads"):
+        registry.build("paro", {"plan": plan, "int8": True}).check(site)

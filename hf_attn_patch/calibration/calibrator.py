@@ -71,13 +71,15 @@ class Calibrator:
     """Base of all calibrators. Subclasses are dataclasses with `validate` and `calibrate`.
 
     Attributes of the class: name, summary, patch (name of the patch the result is for). takes: what of the model the
-    command line loads beside it, its ``tokenizer``, or its ``processor`` of text and images where it has one.
+    command line loads beside it, its ``tokenizer``, or its ``processor`` of text and images where it has one. task:
+    the evaluation that the command line suggests afterwards.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     patch: ClassVar[str] = ""
     takes: ClassVar[str] = "tokenizer"
+    task: ClassVar[str] = "perplexity"
     shared: ClassVar[tuple[str, ...] | None] = None
 
     def validate(self) -> None:

@@ -34,6 +34,7 @@ class ImageHeads(Calibrator):
     summary = "which heads look at the image while the model answers: a head set"
     patch = "retrieval_mask"
     takes = "processor"
+    task = "pope"
 
     samples: int = 32
     answers: Literal["given", "model"] = "given"

@@ -84,6 +84,7 @@ class ParoCalibrator(Calibrator):
     summary = "per head of a ViT the order of the grid's axes and the blocks that hold most of its attention"
     patch = "paro"
     takes = "processor"
+    task = "agreement"
 
     density: float = 0.3
     block: int = 64

@@ -42,6 +42,7 @@ class SinkDims(Calibrator):
     summary = "channels of the hidden state that are huge in sink tokens: dims of var"
     patch = "var"
     takes = "processor"
+    task = "pope"
 
     tau: float = 20.0
     share: float = 0.5

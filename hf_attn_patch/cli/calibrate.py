@@ -71,9 +71,8 @@ def calibrate(
     if key is not None:
         rest = {k: v for k, v in found.options.items() if k != key}
         spec = format_spec(found.patch, {key: str(target), **rest})
-        task = "pope" if job.takes == "processor" else "perplexity"
         out.print(
-            f"[dim]hf-attn-patch eval {task} --model {escape(model)} --patch {escape(spec)}[/dim]",
+            f"[dim]hf-attn-patch eval {job.task} --model {escape(model)} --patch {escape(spec)}[/dim]",
             soft_wrap=True,
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, ModelMismatchError
 from ...grids import ChosenOnGrid, Grid, configured_grid
+from ...program import head_selector
 from ...registry import option, register_patch
 from ...rules_dynamic import ChosenCells
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ...program import Program
     from ...sites import Site
 
+QUERIES = 32  # rows that share a scale
 AXES = {1: "w", 2: "hw", 3: "fhw"}
 
 
@@ -54,6 +56,25 @@ def unpacked(text: str, blocks: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(found)[: blocks**2].astype(bool)).reshape(blocks, blocks)
 
 
+def rounded(x: Tensor, places: Tensor, block: int) -> Tensor:
+    """`x` as INT8 values times a scale per block of tokens, ``s = max |x| / 127``, rounded to nearest, ties to even.
+
+    Args:
+        x: [B, H, N, D]. places: int64 [H, N], place of each token; `block` places share a scale.
+
+    Returns:
+        Like x, each value within s / 2 of it; the gradient passes as if nothing had been rounded.
+    """
+    index = places.argsort(-1)[None, :, :, None].expand(len(x), -1, -1, x.shape[3])
+    ordered = x.detach().gather(2, index)
+    short = -ordered.shape[2] % block
+    cut = torch.nn.functional.pad(ordered, (0, 0, 0, short)).unflatten(2, (-1, block))
+    scale = cut.abs().amax((3, 4), keepdim=True) / 127
+    whole = torch.where(scale > 0, (cut / scale.clamp(min=torch.finfo(x.dtype).tiny)).round(), 0) * scale
+    found = torch.empty_like(ordered).scatter_(2, index, whole.flatten(2, 3)[:, :, : ordered.shape[2]])
+    return x + (found - x).detach()
+
+
 @register_patch("paro")
 @dataclass
 class Paro(ChosenOnGrid):
@@ -71,11 +92,16 @@ class Paro(ChosenOnGrid):
     entry per query head, or a file that ``hf-attn-patch calibrate paro`` wrote (it is read here, and saved with the
     patch). Layers that it does not name stay dense.
 
+    int8: the scores are those of INT8 queries (a scale per 32 rows) and keys (per block of the plan, their mean over
+    the tokens taken off first, which softmax does not see), in each head's order, accumulated exactly. The values stand
+    in the tensors of the call, so every executor gives the same result; none saves time by it yet.
+
     Neutral value: a plan whose blocks are all read.
 
     Differs from the original: how orders and blocks are found (see `calibration/paro.py`; theirs is UNVERIFIED); prefix
-    tokens where it has text; one mask, not one per denoising step; no INT8 or INT4 products and no scaling of values by
-    1/8 against fp16 overflow; any grid, and a last block that is smaller.
+    tokens where it has text; one mask, not one per denoising step; no INT4 scores, no INT8 weights and values, and no
+    scaling of values by 1/8 against fp16 overflow; any grid, and a last block that is smaller. That the mean key is
+    taken off is SageAttention's way (its kernels are a fork of it); whether PARO does is UNVERIFIED.
     """
 
     paper = (
@@ -86,6 +112,9 @@ class Paro(ChosenOnGrid):
     exclusive = frozenset({"token order"})
 
     plan: dict | str | None = option(None, help="plan of `calibrate paro`: a file, or its data")
+    int8: bool = option(
+        False, help="scores from INT8 queries and keys (accuracy only: no executor is faster by it)"
+    )
     grid: tuple[int, ...] | None = option(
         None, help="token grid, e.g. [16, 16]; default: from the pixel values"
     )
@@ -106,11 +135,11 @@ class Paro(ChosenOnGrid):
             self.size, self.block = tuple(int(n) for n in self.plan["grid"]), int(self.plan["block"])
             count = -(-math.prod(self.size) // self.block)
             for layer, heads in self.plan["layers"].items():
-                cells = torch.stack([slots(self.size, order) // self.block for order in heads["orders"]])
+                places = torch.stack([slots(self.size, order) for order in heads["orders"]])
                 blocks = torch.stack([unpacked(text, count) for text in heads["blocks"]])
-                if len(cells) != len(blocks):
-                    raise ValueError(f"layer {layer} has {len(cells)} orders and {len(blocks)} masks")
-                self._layers[int(layer)] = (cells, blocks)
+                if len(places) != len(blocks):
+                    raise ValueError(f"layer {layer} has {len(places)} orders and {len(blocks)} masks")
+                self._layers[int(layer)] = (places, blocks)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"paro: this is no plan of `calibrate paro`: {type(error).__name__}: {error}"
@@ -130,6 +159,11 @@ class Paro(ChosenOnGrid):
             raise ModelMismatchError(
                 f"paro: the plan has {len(heads[0])} heads in layer {site.layer}, {site.path} has {site.num_heads}"
             )
+        if self.int8 and heads is not None and site.num_heads != site.num_kv_heads:
+            raise ModelMismatchError(
+                f"paro: {site.path} has {site.num_kv_heads} KV heads for {site.num_heads} heads; with int8 a key is "
+                "rounded in the order of its head, so every head needs keys of its own. Leave int8 out"
+            )
 
     def check_model(self, model: Any, sites: list[Site]) -> list[str]:
         there = {site.layer for site in sites}
@@ -141,9 +175,29 @@ class Paro(ChosenOnGrid):
     def edit(self, program: Program, call: Call) -> None:
         if call.layer in self._layers:
             super().edit(program, call)
+            if self.int8:
+                self.round(program, call)
+
+    def round(self, program: Program, call: Call) -> None:
+        """Put INT8 values times their scales into the queries and keys of the call."""
+        key = program.key
+        assert isinstance(key, Tensor)
+        places = self._layers[call.layer][0].to(key.device)
+        prefix = key.shape[2] - places.shape[1]
+        chosen = head_selector(call.heads, program.num_heads, key.device)
+
+        def values(x: Tensor, block: int) -> Tensor:
+            first = torch.arange(prefix, device=x.device).expand(x.shape[1], -1)
+            found = [rounded(x[:, :, :prefix], first, block)] if prefix else []
+            whole = torch.cat([*found, rounded(x[:, :, prefix:], places, block)], 2)
+            return whole if chosen is None else torch.where(chosen, whole, x)
+
+        program.query = values(program.query, QUERIES)
+        program.key = values(key - key.mean(2, keepdim=True), self.block)
 
     def choose(self, program: Program, call: Call, grid: Grid, prefix: int) -> ChosenCells:
-        cells, blocks = (x.to(program.query.device) for x in self._layers[call.layer])
+        places, blocks = (x.to(program.query.device) for x in self._layers[call.layer])
+        cells = places // self.block
         return ChosenCells(blocks[None], cells, cells, prefix)
 
     @classmethod
