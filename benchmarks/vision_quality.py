@@ -76,6 +76,7 @@ def variants(side: int) -> dict[str, Variant]:
             "block": ("maxvit_block", {"window": half}),
             "grid": ("maxvit_grid", {"size": half}),
             "alternating": ("neighborhood", {**blocks, "layers": alternate(blocks, lattice)}),
+            "alternating-lattice-first": ("neighborhood", {**blocks, "layers": alternate(lattice, blocks)}),
             "block-4": ("maxvit_block", {"window": side // 4}),
             "block-last-dense": ("maxvit_block", {"window": half, "layers": "0-7"}),
         }
@@ -289,8 +290,8 @@ def main() -> None:
     parser.add_argument("step", choices=("measure", "tune", "time", "table"))
     for name, default in (
         ("size", 224),
-        ("train", 300),
-        ("test", 200),
+        ("train", 200),
+        ("test", 150),
         ("kept", 16),
         ("steps", 60),
         ("batch", 8),

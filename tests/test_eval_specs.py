@@ -72,6 +72,14 @@ def test_index_selections_may_hold_commas():
     assert parse_patch_spec("streaming:layers=0-3,-2:,window=8").options == {"layers": "0-3,-2:", "window": 8}
 
 
+def test_a_selection_may_be_a_mapping_to_overrides():
+    found = parse_patch_spec('swin_window:layers={"0::2":{},"1::2":{"shift":3}},window=7').options
+    assert found == {"layers": {"0::2": {}, "1::2": {"shift": 3}}, "window": 7}
+    assert parse_patch_spec(format_spec("swin_window", found)).options == found
+    with pytest.raises(SpecError, match="layers"):
+        parse_patch_spec("swin_window:layers=[1")
+
+
 def test_scope_goes_with_the_options():
     spec = parse_patch_spec("streaming:window=8,heads=1,part=text,impl=torch,cache=keep")
     assert spec.options == {"window": 8, "heads": "1", "part": "text", "impl": "torch", "cache": "keep"}

@@ -2,7 +2,8 @@
 
 One syntax for patches and tasks. Types come from the dataclass fields of the class; values may be JSON, and commas
 inside ``[]`` or ``{}`` do not separate options. Index selections may hold commas too: in ``layers=0-3,-2:`` the second
-piece has no ``=`` and so continues the first.
+piece has no ``=`` and so continues the first. A selection may be a JSON mapping to option overrides, as in Python:
+``layers={"1::2":{"shift":4}}``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 # arguments of `hap.patch` that say where and how, and are not options of one method
-SCOPE = {"part": str, "layers": str, "heads": str, "impl": str, "cache": str}
+SCOPE: dict[str, Any] = {"part": str, "layers": str | dict, "heads": str | dict, "impl": str, "cache": str}
 _CONTINUED = ("layers", "heads")
 
 
@@ -148,7 +149,7 @@ def option_fields(cls: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init and not f.name.startswith("_")}
 
 
-def typed_options(name: str, cls: type, raw: Mapping[str, str], scope: Mapping[str, type]) -> dict[str, Any]:
+def typed_options(name: str, cls: type, raw: Mapping[str, str], scope: Mapping[str, Any]) -> dict[str, Any]:
     """Raw text values as values of the types that the fields of `cls` declare.
 
     Raises:
