@@ -195,6 +195,7 @@ def measure(given: argparse.Namespace) -> None:
         task = Agreement(count=given.kept, data=SCENES, size=given.size, batch=4)
         result = evaluation.run(task, data.model, data.processor, patches={name: (patch, options)})
         kept = result[name].aggregates["kept_mass"]
+        kept = None if np.isnan(kept) else kept  # keys of the method's own: there is no share to tell
         write(path, {**found, "kept_mass": kept, "seconds": time.monotonic() - begin})
 
 
@@ -229,8 +230,8 @@ def tune(given: argparse.Namespace) -> None:
     for name, path in pending(given, "tune", list(choices)):
         patch, options = choices[name]
         begin, model = time.monotonic(), copy.deepcopy(data.model).requires_grad_(False)
-        handle = hap.patch(model, patch, **options)
-        own = [p for p in handle.parameters() if p.requires_grad]
+        hap.patch(model, patch, **options)
+        own = [p for n, p in model.named_parameters() if "attn_patch" in n and p.requires_grad]
         found: dict[str, Any] = {
             "patch": patch,
             "options": options,
@@ -246,7 +247,7 @@ def tune(given: argparse.Namespace) -> None:
 
         def reconstruction(rows: torch.Tensor, model: Any = model) -> torch.Tensor:
             model(pixel_values=data.train[rows])
-            return hap.aux_losses(model, weighted=True)
+            return torch.stack(list(hap.aux_losses(model, weighted=True).values())).sum()
 
         if own:
             found["predictor_loss"] = distil(model, data, given, own, reconstruction)

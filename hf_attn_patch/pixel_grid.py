@@ -57,9 +57,7 @@ def seen_grid(given: Mapping[str, Any], parameters: Collection[str], config: Any
     Args:
         parameters: names that the forward accepts. config: of the model whose forward it is.
     """
-    if any(
-        "grid" in name and isinstance(value, Tensor) for name, value in given.items()
-    ):  # image_grid_thw
+    if any("grid" in name and isinstance(value, Tensor) for name, value in given.items()):  # image_grid_thw
         return PACKED
     pixels = given.get("pixel_values", given.get("pixel_values_videos"))
     if not isinstance(pixels, Tensor):

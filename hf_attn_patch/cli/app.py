@@ -300,6 +300,7 @@ def demo(
     raise typer.Exit(run_demo(folder, quick=quick, only=only, seed=seed))
 
 
+from . import cab as _cab  # noqa: E402, F401
 from . import calibrate as _calibrate  # noqa: E402, F401  registers its command
 from . import cost as _cost  # noqa: E402, F401
 from . import evaluate as _evaluate  # noqa: E402, F401

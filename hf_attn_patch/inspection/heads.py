@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..api import active, patched
-from ..pixel_grid import grid_of
 from ..errors import ConfigError, PatchError
 from ..kernels.reference import probabilities
+from ..pixel_grid import grid_of
 from ..program import Program
 from ..registry import Patch
 from ..sites import base_model
