@@ -199,12 +199,14 @@ def measure(given: argparse.Namespace) -> None:
         write(path, {**found, "kept_mass": kept, "seconds": time.monotonic() - begin})
 
 
-def distil(model: Any, data: Data, given: argparse.Namespace, params: list[Any], loss_of: Any) -> list[float]:
+def distil(
+    model: Any, data: Data, given: argparse.Namespace, params: list[Any], lr: float, loss_of: Any
+) -> list[float]:
     """AdamW with warm-up and cosine on `params`; loss_of(rows) gives the loss of some training images."""
     draw = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.AdamW(params, lr=given.lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=given.lr, total_steps=given.steps, pct_start=0.1
+        optimiser, max_lr=lr, total_steps=given.steps, pct_start=0.1
     )
     rows = torch.cat([torch.randperm(len(data.train), generator=draw) for _ in range(given.steps)])
     losses = []
@@ -250,7 +252,7 @@ def tune(given: argparse.Namespace) -> None:
             return torch.stack(list(hap.aux_losses(model, weighted=True).values())).sum()
 
         if own:
-            found["predictor_loss"] = distil(model, data, given, own, reconstruction)
+            found["predictor_loss"] = distil(model, data, given, own, given.predictor_lr, reconstruction)
             found |= {f"predictor_{k}": v for k, v in data.scores(model).items()}
             for parameter in own:
                 parameter.requires_grad_(False)
@@ -262,7 +264,7 @@ def tune(given: argparse.Namespace) -> None:
         ]
         for parameter in learnt:
             parameter.requires_grad_(True)
-        found["loss"] = distil(model, data, given, learnt, likeness)
+        found["loss"] = distil(model, data, given, learnt, given.lr, likeness)
         write(path, {**found, **data.scores(model), "seconds": time.monotonic() - begin})
 
 
@@ -300,6 +302,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--predictor-lr", type=float, default=3e-3)
     parser.add_argument("--only", default="", help="labels, separated by commas; default: all")
     parser.add_argument("--cache", default="runs/features", help="folder for features")
     parser.add_argument("--out", type=Path, default=RESULTS)
