@@ -149,6 +149,19 @@ def test_local_folders_load_with_their_head(tmp_path):
     assert type(load_model(str(tmp_path / "vit"))[0]).__name__ == "Dinov2Model"
 
 
+def test_a_checkpoint_with_a_classifier_keeps_it(tmp_path):
+    import torch
+    from transformers import ViTForImageClassification
+
+    from hf_attn_patch.testbed.tiny import tiny_model
+
+    with_head = ViTForImageClassification(tiny_model("vit").config)
+    with_head.save_pretrained(tmp_path)
+    found, _ = load_model(str(tmp_path))
+    assert type(found) is ViTForImageClassification
+    assert torch.equal(found.classifier.weight, with_head.classifier.weight)
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["testbed"], ["eval", "--help"]])
 def test_commands_that_only_talk_do_not_import_torch(arguments):
     code = (

@@ -32,8 +32,8 @@ def load_model(name: str, dtype: str = "float32", takes: str = "tokenizer") -> t
 
 
 def _from_pretrained(name: str, dtype: Any, takes: str = "tokenizer") -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModel
-    from transformers.models.auto import modeling_auto as auto
+    import transformers
+    from transformers import AutoConfig
 
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"MODEL {name!r}: no such folder")
@@ -46,23 +46,28 @@ def _from_pretrained(name: str, dtype: Any, takes: str = "tokenizer") -> tuple[A
             f"MODEL {name!r} cannot be loaded: {first} Give a local folder, a hub id that can be reached, "
             "testbed:NAME (see hf-attn-patch testbed) or tiny:FAMILY, e.g. tiny:llama."
         ) from error
+    model = getattr(transformers, _loader(config)).from_pretrained(source, dtype=dtype)
+    return model.eval(), _processor(source, model, takes)
+
+
+def _loader(config: Any) -> str:
+    """Name of the auto class that loads the checkpoint with the head it was saved with."""
+    from transformers.models.auto import modeling_auto as auto
+
     for loader, table in (
         ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
         ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
     ):
-        if config.model_type in table and not _is_backbone(config, table):
-            import transformers
-
-            model = getattr(transformers, loader).from_pretrained(source, dtype=dtype)
-            break
-    else:
-        model = AutoModel.from_pretrained(source, dtype=dtype)
-    return model.eval(), _processor(source, model, takes)
+        known = config.architectures or loader != "AutoModelForImageClassification"
+        if config.model_type in table and known and not _is_backbone(config, table):
+            return loader
+    return "AutoModel"
 
 
 def _is_backbone(config: Any, table: Any) -> bool:
-    """True if the checkpoint names a class without a head: a BERT encoder is also listed as a causal LM."""
+    """True if the checkpoint names a class that is not in `table`: a BERT encoder is also listed as a causal LM."""
     wanted = table[config.model_type]
     names = wanted if isinstance(wanted, (tuple, list)) else (wanted,)
     return bool(config.architectures) and not set(config.architectures) & set(names)
