@@ -215,11 +215,12 @@ def test_agreement_takes_another_size_and_image_files(tmp_path):
     from PIL import Image
 
     model, pixels = vision_model()
-    assert Agreement(count=2, size=28).items(model, pixels, 0)[0].shape == (3, 28, 28)
+    assert Agreement(count=2, size=28).items(model, pixels, 0)[0].pixels.shape == (3, 28, 28)
     for i in range(3):
         Image.new("L", (20, 30), color=80 * i).save(tmp_path / f"{i}.png")
     items = Agreement(count=2, images=str(tmp_path)).items(model, pixels, 0)
-    assert len(items) == 2 and items[0].shape == (3, 56, 56) and not torch.equal(items[0], items[1])
+    first, second = (item.pixels for item in items)
+    assert first.shape == (3, 56, 56) and not torch.equal(first, second)
     with pytest.raises(ValueError, match="is not a folder"):
         Agreement(images=str(tmp_path / "none")).items(model, pixels, 0)
 

@@ -5,9 +5,9 @@
 >>> print(result)
 
 Tasks for language models: perplexity, passkey, line_retrieval, ruler, longbench, longbench_e, lm_eval, throughput; for
-vision models: agreement, knn, linear_probe, attentive_probe, classify, localization; for vision-language models: pope,
-chair, mme, amber, vqa. Add your own with `register_task` or the entry-point group ``hf_attn_patch.tasks``. Speed and
-memory are in `hf_attn_patch.eval.measurements`.
+vision models: agreement, knn, linear_probe, attentive_probe, classify, localization, vit_throughput; for
+vision-language models: pope, chair, mme, amber, vqa. Add your own with `register_task` or the entry-point group
+``hf_attn_patch.tasks``. Speed and memory are in `hf_attn_patch.eval.measurements`.
 """
 
 from __future__ import annotations

@@ -168,6 +168,7 @@ def run(
         notes=notes,
         checks=checks,
         attachments=pictures,
+        details=job.details({variant.label: variant.scores for variant in variants}),
     )
     if out is not None and team.rank == 0:
         result.save(out)

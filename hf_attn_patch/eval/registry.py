@@ -72,11 +72,12 @@ _ENTRIES: dict[str, TaskEntry] = {
         _builtin("mme", "mme:Mme", "existence, count, position, color: two questions per image, acc and acc+ (MME)"),
         _builtin("amber", "amber:Amber", "existence, attributes, relations; captions against lists of objects (AMBER)"),
         _builtin("vqa", "vqa:Vqa", "short answers about images against those of ten people (VQA accuracy)"),
-        _builtin("agreement", "agreement:Agreement", "features against the features of the same model, dense (vision)"),
+        _builtin("agreement", "agreement:Agreement", "features, logits, attention: patched against dense (vision)"),
         _builtin("knn", "knn:Knn", "k-nearest-neighbour accuracy of features on labelled images (vision)"),
         _builtin("linear_probe", "probes:LinearProbe", "a linear classifier trained on frozen features (vision)"),
         _builtin("attentive_probe", "probes:AttentiveProbe", "a head (ep, acmil, …) on frozen tokens (vision)"),
         _builtin("localization", "localization:Localization", "heat maps against boxes of objects (vision)"),
+        _builtin("vit_throughput", "vit_throughput:VitThroughput", "images/s, ms and memory over image sizes (vision)"),
         _builtin("classify", "classify:Classify", "top-1 and top-5 of a model with a classifier (vision)"),
     )
 }  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 
 from .neutral import NeutralCheck
 from .stats import Difference
-from .task import Metric
+from .task import Detail, Metric
 
 SCHEMA_VERSION = 1
 MOST_COLUMNS, MOST_ROWS = 6, 80  # groups that a table shows beside the variants, or below them
@@ -46,7 +46,8 @@ class Result:
     """One task on one model, dense and patched, on the same items. Prints as a table; `to_json` is the record.
 
     checks: each patch at its neutral value against dense, for tasks that ask for it. attachments: pictures of the first
-    items, title -> data URI or SVG text; for the page, not in the record. Add to them before writing a page.
+    items, title -> data URI or SVG text; for the page, not in the record. Add to them before writing a page. details:
+    further tables of the task.
     """
 
     task: dict[str, Any]
@@ -67,6 +68,7 @@ class Result:
     facts: list[dict[str, Any]] | None = None
     checks: list[NeutralCheck] = field(default_factory=list)
     attachments: list[dict[str, str]] | None = None
+    details: list[Detail] = field(default_factory=list)
 
     @property
     def baseline(self) -> Variant:
@@ -104,6 +106,7 @@ class Result:
             "seed": self.seed,
             "notes": self.notes,
             "checks": [check.to_dict() for check in self.checks],
+            "details": [asdict(detail) for detail in self.details],
             "variants": variants,
             "environment": self.environment,
             "command": self.command,
@@ -143,12 +146,12 @@ class Result:
         for variant in self.variants:
             cells = [escape(variant.label)]
             for metric in self.metrics:
-                cells.append(f"{variant.aggregates[metric.name]:.{metric.digits}f}")
+                cells.append(shown(variant.aggregates[metric.name], metric.digits))
                 difference = variant.difference.get(metric.name)
                 cells.append(escape(format_difference(difference, metric.digits)))
             first = self.metrics[0]
             for group in groups:
-                cells.append(f"{variant.by_group[first.name][group]:.{first.digits}f}")
+                cells.append(shown(variant.by_group[first.name][group], first.digits))
             cells.append(f"{variant.seconds:.1f}")
             table.add_row(*cells)
         return table
@@ -164,9 +167,9 @@ class Result:
                 table.add_row(
                     f"{metric.name}, {metric.unit} {arrow(metric)}" if n == 0 else "",
                     escape(variant.label),
-                    f"{variant.aggregates[metric.name]:.{metric.digits}f}",
+                    shown(variant.aggregates[metric.name], metric.digits),
                     escape(format_difference(variant.difference.get(metric.name), metric.digits)),
-                    *(f"{variant.by_group[metric.name][g]:.{metric.digits}f}" for g in groups),
+                    *(shown(variant.by_group[metric.name][g], metric.digits) for g in groups),
                     end_section=variant is self.variants[-1],
                 )
         return table
@@ -182,7 +185,7 @@ class Result:
         for variant in self.variants:
             table.add_column(escape(variant.label), justify="right")
         for group in groups:
-            cells = [f"{v.by_group[first.name][group]:.{first.digits}f}" for v in self.variants]
+            cells = [shown(v.by_group[first.name][group], first.digits) for v in self.variants]
             table.add_row(escape(group), *cells)
         return table
 
@@ -197,6 +200,10 @@ class Result:
         groups = list(dict.fromkeys(self.groups or []))
         if MOST_COLUMNS < len(groups) <= MOST_ROWS:
             yield self.group_table(groups)
+        for detail in self.details:
+            yield detail_table(detail)
+            if detail.note:
+                yield Text(detail.note, style="dim")
         for check in self.checks:
             yield Text(str(check), style={True: "green", False: "bold red"}.get(check.ok, "yellow"))  # type: ignore[arg-type]
         for note in self.notes:
@@ -211,14 +218,32 @@ class Result:
         return capture.get()
 
 
+def detail_table(detail: Detail) -> Any:
+    """A rich table of a `Detail`."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=detail.title, title_justify="left", header_style="bold")
+    for number, head in enumerate(detail.columns):
+        table.add_column(escape(head), justify="right" if number else "left")
+    for row in detail.rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def shown(value: float, digits: int) -> str:
+    """A number for a table; nan is a dash."""
+    return "–" if value != value else f"{value:.{digits}f}"
+
+
 def arrow(metric: Metric) -> str:
     """``↑``, ``↓``, or nothing where neither direction is better."""
     return "" if metric.higher_is_better is None else "↑" if metric.higher_is_better else "↓"
 
 
 def format_difference(difference: Difference | None, digits: int) -> str:
-    """``+1.20 [+0.90, +1.50]``; empty for the baseline."""
-    if difference is None:
+    """``+1.20 [+0.90, +1.50]``; empty for the baseline, and where one side has no number."""
+    if difference is None or difference.value != difference.value:
         return ""
     text = f"{difference.value:+.{digits}f}"
     if difference.low is None:

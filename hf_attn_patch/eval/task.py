@@ -77,6 +77,17 @@ class Metric:
         return np.where(bottom > 0, self.scale * top / np.where(bottom > 0, bottom, 1.0), self.empty)
 
 
+@dataclass(frozen=True)
+class Detail:
+    """A table beside that of the metrics. columns: heads, the first one of the rows' names. rows: cells as text. note:
+    a sentence below it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
 Scores = dict[str, list[float]]  # column of a metric -> one number per item, in the order of the items
 Tick = Callable[[int], None]  # called with the number of items just finished
 
@@ -142,6 +153,10 @@ class Task:
         """Notes on the answers of one variant, e.g. figures as the official script rounds them. Default: none."""
         return []
 
+    def details(self, scores: Mapping[str, Scores]) -> list[Detail]:
+        """Further tables (by layer, …) from variant -> column -> number per item, dense first. Default: none."""
+        return []
+
     def attachments(self, items: list[Any], most: int) -> list[dict[str, str]] | None:
         """Pictures of the first `most` items for the page: title -> data URI or SVG text. Default: none."""
         return None
@@ -169,14 +184,19 @@ def require_language_model(task: str, model: Any, processor: Any) -> None:
         raise ValueError(f"{task}: needs the tokenizer of the model as `processor`, found {found}.")
 
 
-def require_vision_model(task: str, model: Any, processor: Any) -> None:
-    """Raises ValueError unless `model` takes pixels and `processor` makes them."""
+def require_pixels(task: str, model: Any) -> None:
+    """Raises ValueError unless `model` takes pixels."""
     main_input = getattr(model, "main_input_name", None)
     if main_input != "pixel_values":
         raise ValueError(
             f"{task}: {type(model).__name__} takes {main_input!r}, not pixel_values. "
             "Give a vision model (ViT, DINOv2, CLIP vision tower, …)."
         )
+
+
+def require_vision_model(task: str, model: Any, processor: Any) -> None:
+    """Raises ValueError unless `model` takes pixels and `processor` makes them."""
+    require_pixels(task, model)
     if not callable(processor):
         found = "nothing" if processor is None else type(processor).__name__
         raise ValueError(f"{task}: needs a `processor` that turns images into pixel_values, found {found}.")

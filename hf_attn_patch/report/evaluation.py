@@ -44,6 +44,7 @@ def render(record: Mapping[str, Any], attachments: Sequence[Mapping[str, str]] |
         metrics=record["metrics"],
         rows=[_row(v, record["metrics"]) for v in record["variants"]],
         groups=_groups(record),
+        details=record.get("details") or [],
         bars=[_bars(record, m, colors) for m in record["metrics"]],
         maps=needle_map(record),
         answers=_answers(record, attachments or []),

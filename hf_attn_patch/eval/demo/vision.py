@@ -36,7 +36,7 @@ def measure(
     several = len(patches) + 1
     common: dict[str, Any] = {"patches": patches, "seed": seed}
     agreement = run(
-        Agreement(count=size.agreement_images),
+        Agreement(count=size.agreement_images, layers=False),
         model,
         preprocess,
         progress=follow(step, "agreement", several),
@@ -55,7 +55,7 @@ def measure(
     parts = [{**first, "drawn": ["cls_cosine", "knn", "images"]}]
     if size.large_images:
         agreement = run(
-            Agreement(count=size.large_images, size=LARGE, batch=2),
+            Agreement(count=size.large_images, size=LARGE, batch=2, layers=False),
             model,
             preprocess,
             progress=follow(step, f"agreement, {LARGE} px", several),
