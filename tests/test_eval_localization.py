@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import hf_attn_patch as hap
 from hf_attn_patch import eval as evaluation
 from hf_attn_patch.eval.labelled import labelled
-from hf_attn_patch.eval.localization import Localization, class_boxes, cls_maps, on_boxes
+from hf_attn_patch.eval.localization import (
+    PICTURED,
+    Item,
+    Localization,
+    Object,
+    class_boxes,
+    cls_maps,
+    on_boxes,
+    without_prompts,
+)
+from hf_attn_patch.eval.localization_pictures import SIDE, drawn, peak
+from hf_attn_patch.eval.result import jsonable
+from hf_attn_patch.report.evaluation import render
 from hf_attn_patch.testbed import scenes
 from tests.eval_models import vision_model
 
@@ -35,6 +51,15 @@ def test_boxes_are_those_of_objects_of_the_scenes_group():
         assert list(map(list, boxes)) == [
             o["box"] for o in row["objects"] if o["name"] in scenes.GROUPS[row["group"]]
         ]
+
+
+def test_what_lies_under_a_place_is_an_object_of_the_group_if_there_is_one():
+    objects = [Object("cow", (0, 0, 60, 60), False), Object("cup", (40, 40, 80, 80), True)]
+    item = Item(None, 0, "kitchen", None, objects)
+    assert item.boxes == [(40, 40, 80, 80)]
+    assert [item.under(x, y) for x, y in ((10, 10), (50, 50), (79, 79), (80, 80))] == [
+        "cow", "cup", "cup", "background",
+    ]  # fmt: skip
 
 
 def images(n=3):
@@ -80,9 +105,64 @@ def test_prompt_cam_maps_are_asked_for_the_true_class():
         found = evaluation.run(task, model, pixels)["dense"].scores
         from hf_attn_patch.patches.vision.prompt_cam import class_maps
 
-        values, labels, boxes, side, _ = task.items(model, pixels, 0)[4]
-        heat = class_maps(model, values[None]).maps[0, :, labels].mean(0)
-        assert found["energy"][4] == pytest.approx(on_boxes(heat, boxes, side)["energy"], abs=1e-6)
+        item = task.items(model, pixels, 0)[4]
+        heat = class_maps(model, item.pixels[None]).maps[0, :, item.label].mean(0)
+        assert found["energy"][4] == pytest.approx(
+            on_boxes(heat, item.boxes, scenes.SIZE)["energy"], abs=1e-6
+        )
+
+
+def picture_of(uri):
+    kind, _, data = uri.partition(",")
+    assert kind == "data:image/png;base64" and len(uri) <= 20_000
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+
+
+def test_page_shows_what_is_under_the_peak_beside_the_map_without_prompts(tmp_path):
+    model, pixels = vision_model()
+    dense = vision_model()[0]
+    with hap.patch(model, "prompt_cam", classes=len(scenes.GROUPS)):
+        task = Localization(test=14, map="prompt_cam")
+        result = evaluation.run(task, model, pixels, out=tmp_path)
+        items = task.items(model, pixels, 0)
+        with without_prompts(model):
+            assert torch.equal(cls_maps(model, images()), cls_maps(dense, images()))
+        assert not torch.equal(cls_maps(model, images()), cls_maps(dense, images()))
+    found = result["dense"]
+    for item, answer, hit in zip(items, found.answers, found.scores["pointing"]):
+        verdict, name = answer.split(": ")
+        assert verdict == ("hit" if hit else "miss")
+        assert (name in {o.name for o in item.objects if o.wanted}) == bool(hit)
+    shown = result.attachments
+    titles = [
+        "boxes: objects of the group", "prompt_cam of the true group, ring: its peak", "cls, without prompts",
+    ]  # fmt: skip
+    assert len(shown) == PICTURED and all(list(row) == titles for row in shown)
+    html = render(jsonable(result.to_dict()), shown)
+    assert html.count("data:image/png") == 3 * PICTURED
+    one = [picture_of(uri) for uri in shown[0].values()]
+    assert all(x.shape == (SIDE, SIDE, 3) for x in one) and not any(
+        np.array_equal(a, b) for a, b in ((one[0], one[1]), (one[1], one[2]))
+    )
+
+
+def test_ring_is_where_the_pointing_game_looks():
+    heat = torch.zeros(8, 8)
+    heat[1, 6] = 2.0
+    x, y = peak(heat, 112)
+    assert (x // 14, y // 14) == (6, 1) and on_boxes(heat, [(x, y, x + 1, y + 1)], 112)["pointing"] == 1
+    image = Image.new("RGB", (112, 112), (90, 120, 90))
+    plain, ringed = picture_of(drawn(image, [])), picture_of(drawn(image, [], heat))
+    red = ringed[..., 0] - ringed[..., 2]  # inferno: dark at its least value, yellow at its largest
+    assert np.unravel_index(red.argmax(), red.shape)[0] // 20 == 1
+    assert np.unravel_index(red.argmax(), red.shape)[1] // 20 == 6
+    assert (plain == plain[0, 0]).all()
+
+
+def test_boxes_of_a_picture_are_scaled_with_it():
+    found = picture_of(drawn(Image.new("RGB", (112, 112), (90, 120, 90)), [(28, 56, 84, 112)]))
+    black = np.argwhere((found < 40).all(-1))
+    assert black.min(0).tolist() == [80, 40] and black.max(0).tolist() == [159, 119]
 
 
 @pytest.mark.parametrize("options", [{"map": "x"}, {"test": 0}])

@@ -8,7 +8,8 @@ import torch
 from hf_attn_patch import probing
 from hf_attn_patch.eval.knn import nearest_class
 from hf_attn_patch.probing import cross, light
-from hf_attn_patch.probing.acmil import Acmil
+from hf_attn_patch.probing.acmil import HIDDEN, Acmil
+from hf_attn_patch.probing.acmil_mha import AcmilMha
 from hf_attn_patch.probing.cbam import Cbam
 from hf_attn_patch.probing.ep import EfficientProbing
 from hf_attn_patch.probing.pool import Probe
@@ -187,6 +188,55 @@ def test_acmil_losses_are_the_original_ones():
         )  # float32 there
 
 
+MHA = {
+    "dimreduction.fc1.": "reduce.", "classifier.": "branches.", "Slide_classifier.fc.": "bag.",
+    "sub_attention.": "attentions.", "bag_attention.": "whole.",
+}  # fmt: skip
+PARTS = {
+    "q_proj.": "query.",
+    "k_proj.": "key.",
+    "v_proj.": "value.",
+    "out_proj.": "proj.",
+    "layer_norm.": "norm.",
+}
+
+
+def test_acmil_with_multi_head_branches_gives_the_original_scores_and_logits():
+    tensors, c = read("acmil__mha_eval")
+    tokens = tensors.pop("param.q")[0]  # there one parameter for all branches
+    for t in range(c["n_token"]):
+        tensors[f"param.attentions.{t}.token"] = tokens[t]
+    renamed = MHA | {f"branches.{t}.fc.": f"branches.{t}." for t in range(c["n_token"])}
+    places = ["whole", *(f"attentions.{t}" for t in range(c["n_token"]))]
+    renamed |= {f"{place}.{old}": f"{place}.{new}" for place in places for old, new in PARTS.items()}
+    sizes = (
+        c[name]
+        for name in ("D_feat", "n_class", "n_token", "n_masked_patch", "mask_drop", "D_inner", "heads")
+    )
+    head = load(AcmilMha(*sizes), tensors, renamed)
+    with torch.no_grad():
+        bag = head.run(tensors["in.x"])
+        logits, maps = head.attend(tensors["in.x"])
+    torch.testing.assert_close(bag.scores[0], tensors["out.scores"], **EXACT)
+    torch.testing.assert_close(bag.branches[0], tensors["out.branch_logits"], **EXACT)
+    torch.testing.assert_close(logits, tensors["out.slide_logits"], **EXACT)
+    torch.testing.assert_close(maps[0], tensors["out.scores"].softmax(-1).flatten(0, 1), **EXACT)
+
+
+def test_multi_head_branches_hide_favourites_of_each_head_by_itself():
+    torch.manual_seed(0)
+    head, x = AcmilMha(12, 3, branches=2, hide=4, drop=0.5, inner=16, branch_heads=4), torch.randn(3, 9, 12)
+    uniform = torch.rand(3, 4, 2, 4)
+    bag = head.train().run(x, uniform)
+    hidden = bag.scores == HIDDEN
+    best = torch.zeros_like(hidden).scatter(-1, bag.raw.topk(4).indices, True)
+    assert torch.equal(hidden.sum(-1), torch.full((3, 4, 2), 2)) and not (hidden & ~best).any()
+    chosen = bag.raw.topk(4).indices.gather(-1, uniform.argsort(-1)[..., :2])
+    assert torch.equal(hidden, torch.zeros_like(hidden).scatter(-1, chosen, True))
+    # the bag reads with the hidden ones hidden: it cannot see a token that every branch hides in every head
+    assert torch.equal(head.eval().run(x, uniform).scores, head.run(x).raw)
+
+
 def test_every_golden_head_is_a_known_name():
     compared = {
         "abmilp",
@@ -201,4 +251,4 @@ def test_every_golden_head_is_a_known_name():
         "cae",
         "cbam",
     }
-    assert compared | {"ep", "acmil", "linear", "dino_block"} == set(probing.names())
+    assert compared | {"ep", "acmil", "acmil_mha", "linear", "dino_block"} == set(probing.names())

@@ -7,6 +7,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTModel
 
 import hf_attn_patch as hap
+from benchmarks import prompt_cam as benchmark
 from hf_attn_patch.patches.vision import prompt_cam
 from hf_attn_patch.program import ScoreEdit
 from tests.test_golden import read
@@ -177,6 +178,24 @@ def test_only_prompts_and_head_learn_and_all_of_them():
     with_grad = {name.rpartition(".")[2] for name in moved}
     assert with_grad == {"prompts", "class_weight", "class_bias"}
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_training_on_the_tokens_that_enter_the_first_prompted_layer_is_training_on_pixels():
+    model, labels = small(), torch.tensor([0, 2])
+    model.requires_grad_(False)
+    hap.patch(model, "prompt_cam", classes=3, layers="-2:")
+    own = [p for p in model.parameters() if p.requires_grad]
+    whole = model(pixel_values=pixels(), labels=labels).loss
+    wanted = torch.autograd.grad(whole, own)
+    names, tokens = list(model.state_dict()), benchmark.entering(model, 1, pixels(), 1)
+    with benchmark.tail(model, 1):
+        short = benchmark.Prompts(model).loss(tokens, labels)
+        found = torch.autograd.grad(short, own)
+        assert len(list(model.state_dict())) < len(names)  # the first layer is out of the way
+    torch.testing.assert_close(short, whole)
+    torch.testing.assert_close(found, wanted)
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(pixel_values=pixels(), labels=labels).loss, whole)
 
 
 def test_saved_prompts_come_back(tmp_path):

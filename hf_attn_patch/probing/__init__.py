@@ -69,6 +69,9 @@ _ENTRIES: dict[str, HeadEntry] = {
         HeadEntry(
             "acmil", ".acmil:Acmil", "branches that are kept apart, favourites hidden in training", whole=True
         ),
+        HeadEntry(
+            "acmil_mha", ".acmil_mha:AcmilMha", "the same with multi-head attention in branches", whole=True
+        ),
     )
 }
 
