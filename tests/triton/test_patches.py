@@ -66,6 +66,7 @@ def cases():
 
 
 CASES = list(cases())
+SEEDS = (0, 1, 2, 3)
 
 
 def test_every_patch_has_a_case():
@@ -74,24 +75,27 @@ def test_every_patch_has_a_case():
 
 @pytest.mark.parametrize("family, name, options", CASES)
 def test_forward_of_a_padded_batch(family, name, options):
-    results, executors = [], []
-    for dtype, impl in (
-        (torch.float64, "reference"),
-        (torch.float32, "reference"),
-        (torch.float32, "triton"),
-    ):
+    """Several inputs say how far off plain torch is: the largest error of one run of a whole model is a matter of luck.
+    The kernel runs on the first of them (the interpreter is slow)."""
+
+    def run(dtype, impl, seed):
         model = built(family, dtype)
         pad = 3 if family != "dinov2" else 0
-        inputs = tiny_inputs(model, batch=2, length=37, left_pad=[0, pad], seed=0)
+        inputs = tiny_inputs(model, batch=2, length=37, left_pad=[0, pad], seed=seed)
         model, inputs = placed(model, as_double(inputs) if dtype == torch.float64 else inputs)
         with hap.patched(model, name, impl=impl, **options) as handle, torch.no_grad():
             out = model(**inputs)[0]
-            executors.append(str(handle.report()))
+            executor = str(handle.report())
         if "attention_mask" in inputs and out.ndim == 3 and out.shape[1] == inputs["attention_mask"].shape[1]:
             out = out[inputs["attention_mask"].bool()]
-        results.append([out])
-    assert "triton (forced)" in executors[2]
-    check_budget(("output",), *results, torch.float32, f"{name} {options} on {family}")
+        return out.cpu(), executor
+
+    truth = [run(torch.float64, "reference", seed)[0] for seed in SEEDS]
+    plain = [run(torch.float32, "reference", seed)[0] for seed in SEEDS]
+    got, executor = run(torch.float32, "triton", SEEDS[0])
+    assert "triton (forced)" in executor
+    whole = [[torch.cat(parts)] for parts in (truth, plain, [got, *plain[1:]])]
+    check_budget(("output",), *whole, torch.float32, f"{name} {options} on {family}")
 
 
 @pytest.mark.parametrize("name, options", [

@@ -112,7 +112,7 @@ class Result:
             yield Text(f"note: {note}", style="dim")
 
     def _patterns_table(self) -> Any:
-        """Who supports what; the reason of a refusal is that of the first body."""
+        """Who supports what."""
         table = _table("patterns", "", *(f"{p}, {PATTERNS[p]}" for p in self.patterns))
         styles = {"yes": "green", "no": "bold red", "partly": "yellow", "no effect": "yellow"}
         for label in self.variants:
@@ -123,7 +123,11 @@ class Result:
                 rows = [v for v in self.verdicts if (v.label, v.row) == (label, pattern)]
                 text = state
                 if state == "refused":
-                    text = f"refused: {_short(rows[0].reason)}"
+                    # the body where the patch belongs says more than those where it is not defined at all
+                    said = min(
+                        (row.reason for row in rows), key=lambda reason: "is not defined for" in reason
+                    )
+                    text = f"refused: {_short(said)}"
                 elif state != "not tested":
                     text += f" ({', '.join(v.body.split()[0] for v in rows if v.state == state)})"
                 cells.append(_styled(text, styles.get(state, "dim")))
