@@ -155,6 +155,22 @@ def test_classify_is_the_accuracy_of_the_models_own_head():
     assert (dense["top1"], dense["top5"]) != (local["top1"], local["top5"])
 
 
+def test_a_model_inside_peft_is_classified_and_read_like_the_model():
+    peft = pytest.importorskip("peft")
+    model, pixels = classifier()
+    values = torch.randn(3, 1, 12, 12, generator=torch.Generator().manual_seed(0))  # interpolated positions
+    plain = (
+        evaluation.run(Classify(test=20, size=12), model, pixels)["dense"].scores,
+        encode(model, values, 2),
+    )
+    inside = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))  # starts as the model
+    found = (
+        evaluation.run(Classify(test=20, size=12), inside, pixels)["dense"].scores,
+        encode(inside, values, 2),
+    )
+    assert found[0] == plain[0] and all(torch.equal(a, b) for a, b in zip(found[1], plain[1]))
+
+
 def test_classes_are_matched_by_name_before_number():
     model, _ = classifier(id2label={i: n for i, n in enumerate(["tench, tinca", "dog", *"abcdefgh"])})
     assert class_numbers(model, ["dog", "Tinca"], {0, 1}) == {0: 1, 1: 0}

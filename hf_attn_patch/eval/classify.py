@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..api import active
+from ..sites import base_model
 from . import images as image_source
 from .features import _needs_interpolation
 from .labelled import DIGITS, labelled
@@ -85,11 +86,12 @@ def class_numbers(model: Any, names: list[str], used: set[int]) -> dict[int, int
                 f"classify: the data have {max(used) + 1} classes, the patch was trained for {answering[-1]}"
             )
         return {number: number for number in used}
-    id2label = dict(getattr(model.config, "id2label", None) or {})
+    inner = base_model(model)  # PEFT wraps it
+    id2label = dict(getattr(inner.config, "id2label", None) or {})
     label2id = {str(name): int(number) for number, name in id2label.items()}
-    if not label2id or "ForImageClassification" not in type(model).__name__:
+    if not label2id or "ForImageClassification" not in type(inner).__name__:
         raise ValueError(
-            f"classify: {type(model).__name__} has no classifier. Give a model made with "
+            f"classify: {type(inner).__name__} has no classifier. Give a model made with "
             "AutoModelForImageClassification, or use linear_probe or attentive_probe, which train a head."
         )
     plain = lambda text: str(text).strip().lower().replace("_", " ")

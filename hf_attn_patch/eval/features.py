@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..sites import base_model
+
 
 def encode(
     model: Any, pixels: Any, batch: int, tick: Callable[[int], None] = lambda n: None
@@ -64,5 +66,6 @@ def _needs_interpolation(model: Any, pixels: Any) -> dict[str, bool]:
 
     size = getattr(model.config, "image_size", None)
     trained = size if isinstance(size, int) else (size or [None])[0]
-    accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    # PEFT's own forward takes anything
+    accepts = "interpolate_pos_encoding" in inspect.signature(base_model(model).forward).parameters
     return {"interpolate_pos_encoding": True} if accepts and trained != pixels.shape[-1] else {}
