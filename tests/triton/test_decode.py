@@ -83,6 +83,16 @@ def formula(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, o: di
     return [out, torch.logsumexp(s, -1)]
 
 
+def plain(query: Tensor, key: Tensor, value: Tensor, truth: list[Tensor], o: dict[str, Any]) -> list[Tensor]:
+    """Plain torch in the dtype of the query: of several orders of the channels, which give one result in exact
+    arithmetic, the one that is furthest off. How far one of them is off on a few rows is a matter of luck."""
+    draw, dim = torch.Generator().manual_seed(0), query.shape[3]
+    orders = [torch.arange(dim), *(torch.randperm(dim, generator=draw) for _ in range(3))]
+    runs = [formula(query[..., c], key[..., c], value, query.dtype, o) for c in orders]
+    off = lambda found, exact: float((found.double() - exact).nan_to_num().abs().max())
+    return [max(found, key=lambda x, t=exact: off(x, t)) for found, exact in zip(zip(*runs), truth)]
+
+
 def agree(got: tuple[Tensor, Tensor], truth: list[Tensor], base: list[Tensor], dtype: torch.dtype) -> None:
     nothing = truth[1] == float("-inf")
     assert torch.equal(got[1] == float("-inf"), nothing), "rows that see nothing"
@@ -95,7 +105,8 @@ def check(query: Tensor, key: Tensor, value: Tensor, **o: Any) -> tuple[Tensor, 
     o = {"scale": D**-0.5, **o}
     got = decode(query, key, value, **o)
     assert got[0].dtype == query.dtype and got[1].dtype == torch.float32
-    agree(got, *[formula(query, key, value, t, o) for t in (torch.float64, query.dtype)], query.dtype)
+    truth = formula(query, key, value, torch.float64, o)
+    agree(got, truth, plain(query, key, value, truth, o), query.dtype)
     return got
 
 
