@@ -216,7 +216,7 @@ def _call(
     from ...sites import find_sites
 
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # a window that saves nothing at a short length is no news
         with applied(model, None if choice is None else body.place(choice)):
             modules = [s.module for s in find_sites(model) if body.part in s.parts]
             with meter(modules, model) as total:

@@ -167,7 +167,7 @@ def case(body: Body, length: int, source: int, seed: int = 0) -> Case:
     if body.family == "blip_2_qformer":
         overrides = {"cross_attention_frequency": 1}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # transformers on token ids beyond a tiny vocabulary
         model = tiny_model(body.family, seed=seed, **overrides).double()
     model.requires_grad_(False)
     if body.family == "llava":
