@@ -29,12 +29,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import Neighborhood, Rule, SinkWindow
 from hf_attn_patch.kernels import attention, plain
 from hf_attn_patch.kernels.layout import layout_for
 from hf_attn_patch.kernels.plan import plan_of
-from hf_attn_patch.masks import Mask
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules import Neighborhood, Rule, SinkWindow
 
 FIELDS = ["name", "provider", "mode", "metric", "unit", "x_name", "x_value", "y_20", "y_50", "y_80",
           "extra_config", "machine", "torch", "timestamp", "git", "command"]  # fmt: skip

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 
 from benchmarks.bench_attention import Report
 from benchmarks.grid_calls import GridCall, gate
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import ChosenCells
 from hf_attn_patch.cost.tiles import tiles_of
 from hf_attn_patch.kernels import attention
 from hf_attn_patch.patches.vision.paro import packed
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules_dynamic import ChosenCells
 
 
 def paro_plan(side: int, heads: int, density: float) -> dict[str, Any]:

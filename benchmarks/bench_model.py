@@ -25,9 +25,10 @@ import torch
 from bench_attention import Report
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch, testbed
+from hf_attn_patch import testbed
 from hf_attn_patch.eval import measurements
 from hf_attn_patch.eval.demo.undo import UndoProof
+from hf_attn_patch.install import dispatch
 
 STREAMING = {"sinks": 4, "window": 256}
 

@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+from hf_attn_patch.call.mask import Mask  # noqa: E402
+from hf_attn_patch.call.program import Program  # noqa: E402
+from hf_attn_patch.call.rules import Rule, SinkWindow  # noqa: E402
 from hf_attn_patch.kernels import attention  # noqa: E402
-from hf_attn_patch.masks import Mask  # noqa: E402
 from hf_attn_patch.patches.sparse.moa import MoA  # noqa: E402
-from hf_attn_patch.program import Program  # noqa: E402
-from hf_attn_patch.rules import Rule, SinkWindow  # noqa: E402
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from hf_attn_patch import registry
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.masks import Mask
-from hf_attn_patch.program import Program
 
 
 class GridCall:

@@ -36,7 +36,7 @@ from hf_attn_patch.eval.knn import nearest_class
 from hf_attn_patch.eval.labelled import SCENES, labelled
 from hf_attn_patch.eval.states import states
 from hf_attn_patch.eval.vit_throughput import VitThroughput
-from hf_attn_patch.sites import find_sites
+from hf_attn_patch.model.sites import find_sites
 
 RESULTS = Path("benchmarks/results/vision-dinov2s")
 Variant = tuple[str, dict[str, Any]]

@@ -11,9 +11,13 @@ Importing this package changes nothing anywhere and imports neither transformers
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# modules keep answering to the names they had in version 0.1 (`hf_attn_patch.rules`, `hf_attn_patch.sites`, ...)
+__path__.append(str(Path(__file__).with_name("_old_names")))
 
 _PUBLIC = {
     "patch": "api",
@@ -28,13 +32,13 @@ _PUBLIC = {
     "register_patch": "registry",
     "Patch": "registry",
     "PatchError": "errors",
-    "aux_losses": "losses",
+    "aux_losses": "forward.needs.losses",
     "attention_flow": "inspection.attention_flow",
     "capture": "inspection.capture",
     "two_stream": "decoding.processor",
     "calibrate": "calibration",
-    "find_sites": "sites",
-    "Site": "sites",
+    "find_sites": "model.sites",
+    "Site": "model.sites",
 }
 __all__ = [
     "Patch",
@@ -60,15 +64,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .api import PatchHandle, active, load, patch, patched, plan, prompt, unpatch
+    from .api import active, load, patch, patched, prompt, unpatch
     from .calibration import calibrate
     from .decoding.processor import two_stream
     from .errors import PatchError
+    from .forward.needs.losses import aux_losses
     from .inspection.attention_flow import attention_flow
     from .inspection.capture import capture
-    from .losses import aux_losses
+    from .install.handle import PatchHandle
+    from .install.plan import plan
+    from .model.sites import Site, find_sites
     from .registry import Patch, available, register_patch
-    from .sites import Site, find_sites
 
 
 def __getattr__(name: str) -> Any:

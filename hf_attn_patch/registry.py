@@ -24,11 +24,11 @@ from .errors import ConfigError, RegistrationError, UnknownPatchError, did_you_m
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .context import Context
-    from .dispatch import Call
-    from .image_free import ImageFree
-    from .program import Program
-    from .sites import Site
+    from .call.program import Program
+    from .forward.context import Context
+    from .forward.needs.image_free import ImageFree
+    from .install.stack import Call
+    from .model.sites import Site
 
 GROUP = "hf_attn_patch.patches"
 
@@ -97,7 +97,7 @@ class Patch:
 
     def image_free(self) -> ImageFree:
         """How the image-free pass runs for a patch that needs "image_free" (`hf_attn_patch.image_free`)."""
-        from .image_free import ImageFree
+        from .forward.needs.image_free import ImageFree
 
         return ImageFree()
 

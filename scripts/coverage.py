@@ -46,7 +46,7 @@ def examine(family: str) -> dict[str, Any]:
     """One row of the table."""
     import torch
 
-    from hf_attn_patch.sites import attention_classes, find_sites
+    from hf_attn_patch.model.sites import attention_classes, find_sites
     from hf_attn_patch.testbed.tiny import tiny_inputs, tiny_model
 
     row: dict[str, Any] = {
@@ -146,7 +146,7 @@ def difference(a: list[Any], b: list[Any]) -> float:
 @contextlib.contextmanager
 def dispatched(model: Any) -> Any:
     """Every site of `model` through our dispatch, without a patch."""
-    from hf_attn_patch.dispatch import dispatched as attached
+    from hf_attn_patch.install.attach import dispatched as attached
 
     with attached(model):
         yield
@@ -155,7 +155,7 @@ def dispatched(model: Any) -> Any:
 @contextlib.contextmanager
 def calls_counted() -> Any:
     """The set of site stacks that were run inside."""
-    from hf_attn_patch.dispatch import PatchStack
+    from hf_attn_patch.install.stack import PatchStack
 
     called: set[int] = set()
     original = PatchStack.forward

@@ -27,7 +27,7 @@ def nothing_left_behind():
     """A test that leaves our attention function registered has left a patched model behind."""
     import gc
 
-    from hf_attn_patch import dispatch
+    from hf_attn_patch.install import dispatch
 
     yield
     if dispatch.registered():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch
+from hf_attn_patch.install import dispatch
 from hf_attn_patch.testbed.tiny import tiny_inputs, tiny_model
 
 from .conformance.families import as_double, snapshot

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch, registry
+from hf_attn_patch import registry
 from hf_attn_patch.errors import (
     CompositionError,
     ConfigError,
@@ -19,6 +19,7 @@ from hf_attn_patch.errors import (
     SelectionError,
     UnknownPatchError,
 )
+from hf_attn_patch.install import attach, dispatch, stack
 from hf_attn_patch.patches.heads.head_gate import HeadGate
 from hf_attn_patch.patches.sparse.streaming import Streaming
 
@@ -329,7 +330,7 @@ def test_a_model_with_eager_attention_stays_itself(family, pads):
 
 def test_layers_without_a_patch_compute_bit_for_bit_as_before(llama):
     inputs = inputs_of(llama, left_pad=[3, 0])
-    with dispatch.dispatched(llama):
+    with attach.dispatched(llama):
         routed = output(llama, inputs)
     assert torch.equal(routed, output(llama, inputs))
 
@@ -353,7 +354,7 @@ def test_an_exception_in_a_patched_forward_does_not_spoil_the_next(where, monkey
             if where == "layer":
                 patching.setattr(broken, "forward", fails)
             else:
-                patching.setattr(dispatch, "attention", fails)
+                patching.setattr(stack, "attention", fails)
             for _ in range(3):
                 with pytest.raises(MemoryError):
                     output(model, inputs)
@@ -650,7 +651,7 @@ def test_switching_the_implementation_while_patched_is_noted_and_kept(llama):
 def test_a_second_patch_that_fails_half_way_leaves_the_first_alone(monkeypatch):
     model = model_of("llava")
     with hap.patched(model, "streaming", **STREAMING):
-        original, calls = dispatch.SitePatch.to, []
+        original, calls = stack.SitePatch.to, []
 
         def fails_at_the_second(self, *args, **kwargs):
             calls.append(self)
@@ -660,6 +661,6 @@ def test_a_second_patch_that_fails_half_way_leaves_the_first_alone(monkeypatch):
 
         with untouched(model):
             with monkeypatch.context() as patching, pytest.raises(MemoryError):
-                patching.setattr(dispatch.SitePatch, "to", fails_at_the_second)
+                patching.setattr(stack.SitePatch, "to", fails_at_the_second)
                 hap.patch(model, "head_gate", part="vision", gate=0.5)
         assert implementations(model) == ["sdpa", "hf_attn_patch", "sdpa"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import hf_attn_patch as hap
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import ChosenBlocks, SinkWindow
 from hf_attn_patch.kernels import UnsupportedProgram, attention, why_not
 from hf_attn_patch.kernels.chosen import _gathered
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.sparse.block_topk import BlockTopK, MoBA
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules import ChosenBlocks, SinkWindow
 from tests.kernels.budget import assert_within_budget, cast, check_budget
 from tests.kernels.cases import make
 from tests.small import close, differ, inputs_of, model_of, output

@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 import hf_attn_patch as hap
-from hf_attn_patch.cache import SpanLayer
+from hf_attn_patch.cache.spans import SpanLayer
+from hf_attn_patch.call.ragged import RaggedKV
 from hf_attn_patch.errors import CacheError
-from hf_attn_patch.kernels.ragged import RaggedKV
 
 from .small import close, differ, inputs_of, model_of, output, refused
 

@@ -14,7 +14,7 @@ from hf_attn_patch.calibration.calibrator import CalibrationError
 from hf_attn_patch.calibration.data import needle, records, samples
 from hf_attn_patch.calibration.moa import MoaCalibrator, shape_of
 from hf_attn_patch.errors import CompositionError
-from hf_attn_patch.head_sets import read as read_head_set
+from hf_attn_patch.model.head_sets import read as read_head_set
 from tests.eval_models import language_model
 
 SMALL = dict(

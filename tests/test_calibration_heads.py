@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import hf_attn_patch as hap
-from hf_attn_patch import head_sets
 from hf_attn_patch.calibration.calibrator import CalibrationError
 from hf_attn_patch.calibration.duo import DuoCalibrator, distillation, passkey_sample, schedule
 from hf_attn_patch.calibration.vertical_slash import PUBLISHED, VerticalSlashCalibrator
+from hf_attn_patch.install import stack
+from hf_attn_patch.model import head_sets
 from hf_attn_patch.patches.sparse.duo import full_heads
 from tests.eval_models import language_model
 from tests.test_golden import read
@@ -210,17 +211,16 @@ def test_every_head_gets_the_pair_with_the_best_recall(small, lines):
 
 def test_recall_is_the_mass_that_the_patch_would_keep(small, monkeypatch):
     """Against the probabilities of the unpatched model, and the lines that the patch chooses."""
-    from hf_attn_patch import dispatch
     from hf_attn_patch.kernels import reference
 
     model, tokenizer = small
     ids = passkey_sample(tokenizer, 200, 1, 1, 3).ids
     found = VerticalSlashCalibrator(**LINES)._measure(model, ids, [(20, 40)])
     programs = []
-    original = dispatch.attention
+    original = stack.attention
     options = {k: LINES[k] for k in ("sinks", "recent", "last")}
     with hap.patched(model, "vertical_slash", vertical=20, slash=40, layers=0, **options), torch.no_grad():
-        monkeypatch.setattr(dispatch, "attention", lambda p, impl: (programs.append(p), original(p, impl))[1])
+        monkeypatch.setattr(stack, "attention", lambda p, impl: (programs.append(p), original(p, impl))[1])
         model(ids[None])
     (program,) = programs
     rows = torch.arange(len(ids))

@@ -14,7 +14,7 @@ from hf_attn_patch.calibration import image_data
 from hf_attn_patch.calibration.calibrator import CalibrationError
 from hf_attn_patch.calibration.image_heads import image_mass
 from hf_attn_patch.errors import ModelMismatchError
-from hf_attn_patch.head_sets import read as read_head_set
+from hf_attn_patch.model.head_sets import read as read_head_set
 
 from .eval_models import language_model
 from .small import model_of, refused

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_attn_patch import dispatch
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import ChosenCells
+from hf_attn_patch.call.token_permute import Tiles
+from hf_attn_patch.install import stack
 from hf_attn_patch.kernels import attention, chosen_cells
-from hf_attn_patch.masks import Mask
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules_dynamic import ChosenCells
-from hf_attn_patch.token_permute import Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saves 0 %")
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*saves 0 %")
 @pytest.fixture
 def programs(monkeypatch):
     """Every program that runs, with its output."""
-    seen, original = [], dispatch.attention
-    monkeypatch.setattr(dispatch, "attention", lambda p, i: (seen.append((p, r := original(p, i))), r)[1])
+    seen, original = [], stack.attention
+    monkeypatch.setattr(stack, "attention", lambda p, i: (seen.append((p, r := original(p, i))), r)[1])
     return seen
 
 

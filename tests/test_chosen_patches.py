@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.token_permute import Tiles
 from hf_attn_patch.errors import ConfigError, ModelMismatchError
-from hf_attn_patch.masks import Mask
+from hf_attn_patch.install import stack
 from hf_attn_patch.patches.vision.biformer import local_enhancement
 from hf_attn_patch.patches.vision.sparsifiner import basis, coefficients, kept_coefficients, most_likely
-from hf_attn_patch.program import Program
-from hf_attn_patch.token_permute import Tiles
 from tests.conformance.families import forward
 from tests.test_golden_chosen import edited
 from tests.test_vision import image, vit
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*saves 0 %")
 @pytest.fixture
 def programs(monkeypatch):
     """Every program that runs, with its output."""
-    seen, original = [], dispatch.attention
-    monkeypatch.setattr(dispatch, "attention", lambda p, i: (seen.append((p, r := original(p, i))), r)[1])
+    seen, original = [], stack.attention
+    monkeypatch.setattr(stack, "attention", lambda p, i: (seen.append((p, r := original(p, i))), r)[1])
     return seen
 
 

@@ -10,10 +10,10 @@ import torch
 from transformers import DynamicCache
 
 import hf_attn_patch as hap
-from hf_attn_patch.context import image_token_ids
+from hf_attn_patch.call.rules import Neighborhood
 from hf_attn_patch.errors import CacheError, ModelMismatchError, PatchError
-from hf_attn_patch.pixel_grid import grid_of
-from hf_attn_patch.rules import Neighborhood
+from hf_attn_patch.forward.context import image_token_ids
+from hf_attn_patch.forward.needs.grid import grid_of
 
 from .small import close, differ, inputs_of, model_of, output, refused
 

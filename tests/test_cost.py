@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 import hf_attn_patch as hap
 from hf_attn_patch import registry
+from hf_attn_patch.call.rules import Neighborhood, SinkWindow
 from hf_attn_patch.cli import app as cli
 from hf_attn_patch.cost import CASCADES, GPUS, Einsum, Variant, estimate, gpus, passes, simulate, tiles_of
 from hf_attn_patch.cost.cascades import operations
 from hf_attn_patch.errors import ConfigError
-from hf_attn_patch.rules import Neighborhood, SinkWindow
 
 from .small import model_of, refused, untouched
 

@@ -12,12 +12,12 @@ from transformers import DynamicCache
 
 import hf_attn_patch as hap
 from hf_attn_patch import registry
-from hf_attn_patch.cache import SpanLayer
+from hf_attn_patch.cache.spans import SpanLayer
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Blend, Program
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.sparse.duo import full_heads, gates, penalty
-from hf_attn_patch.program import Blend, Program
-from hf_attn_patch.rules import SinkWindow
 from tests.kernels.cases import make
 from tests.small import close, differ, inputs_of, model_of, output, untouched
 from tests.test_golden import GOLDEN, IMPLS, dense, read, rotate

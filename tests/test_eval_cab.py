@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import hf_attn_patch as hap
+from hf_attn_patch.call.rules import Rule
 from hf_attn_patch.cli.app import app
 from hf_attn_patch.eval import cab
 from hf_attn_patch.eval.cab import efficiency, leaks, micro_tasks, runner
@@ -20,7 +21,6 @@ from hf_attn_patch.eval.cab.micro_tasks import IGNORED, Recipe
 from hf_attn_patch.eval.harness import resolve
 from hf_attn_patch.eval.specs import SpecError
 from hf_attn_patch.registry import Patch, option
-from hf_attn_patch.rules import Rule
 from tests.test_golden import GOLDEN
 
 SMALL = Shape(width=16, heads=2, layers=1, vocabulary=16, length=16)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import hf_attn_patch as hap
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.eval import measurements, pictures
 from hf_attn_patch.eval.demo.common import Size
 from hf_attn_patch.eval.demo.plan import demo_plan, needle_columns
 from hf_attn_patch.eval.demo.undo import UndoProof
-from hf_attn_patch.rules import SinkWindow
 from tests.eval_models import language_model, vision_model
 
 PER_TOKEN = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head dim, bytes

@@ -13,14 +13,14 @@ import torch
 import hf_attn_patch as hap
 from hf_attn_patch import eval as evaluation
 from hf_attn_patch import registry
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.eval import kept_mass as kept_mass_module
 from hf_attn_patch.eval.agreement import Agreement
 from hf_attn_patch.eval.kept_mass import kept_mass, kept_share
 from hf_attn_patch.eval.knn import Knn
 from hf_attn_patch.eval.states import states
 from hf_attn_patch.eval.vit_throughput import VitThroughput
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules import SinkWindow
 from tests.eval_models import language_model, vision_model
 from tests.test_eval_probes import LOCAL, NEUTRAL, classifier, pictures
 

@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 
 from hf_attn_patch import registry
-from hf_attn_patch.cache import SpanLayer
+from hf_attn_patch.cache.spans import SpanLayer
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.ragged import RaggedKV
+from hf_attn_patch.call.rules import BlockSinkWindow, Neighborhood, SinkWindow
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.kernels.ragged import RaggedKV
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.grounding.var import sink_tokens
 from hf_attn_patch.patches.sparse.moa import span_size
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules import BlockSinkWindow, Neighborhood, SinkWindow
 
 GOLDEN = Path(__file__).parent / "golden"
 IMPLS = ("reference", "torch")

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from hf_attn_patch import registry
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import ChosenCells
+from hf_attn_patch.call.token_permute import Tiles
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.vision.biformer import region_means
 from hf_attn_patch.patches.vision.dinat_compat import bias_index
 from hf_attn_patch.patches.vision.sparsifiner import basis, coefficients, kept_coefficients, most_likely
 from hf_attn_patch.patches.vision.vmoba import blocks_of, pick
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules_dynamic import ChosenCells
-from hf_attn_patch.token_permute import Tiles
 from tests.test_golden import IMPLS, read
 from tests.test_golden_vision import heads_of
 

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 import hf_attn_patch as hap
-from hf_attn_patch import head_sets, registry
+from hf_attn_patch import registry
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import AllOf, OnHeads, SinkWindow, StridedShards
 from hf_attn_patch.errors import ConfigError, ModelMismatchError
 from hf_attn_patch.kernels import attention
 from hf_attn_patch.kernels.layout import BlockLayout
-from hf_attn_patch.masks import Mask
+from hf_attn_patch.model import head_sets
 from hf_attn_patch.patches.heads.entropy_scale import visible_keys
 from hf_attn_patch.patches.heads.pasta import token_span
 from hf_attn_patch.patches.sparse.s2 import block_density, missing_residues, repaired, strides_of_heads
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules import AllOf, OnHeads, SinkWindow, StridedShards
 from tests.conformance.families import forward, inputs_of, model_of, row_of
 from tests.test_golden import GOLDEN, IMPLS, dense, read
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from hf_attn_patch import registry
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import Appended, BlockWindows, Disc
 from hf_attn_patch.errors import ModelMismatchError
 from hf_attn_patch.kernels import attention
 from hf_attn_patch.kernels.layout import layout_for
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.vision.agent import pooled, through_agents
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules_grid import Appended, BlockWindows, Disc
 from tests.test_golden import GOLDEN, IMPLS, dense, read
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_attn_patch import registry
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.masks import Mask
-from hf_attn_patch.program import Program
 
 from .small import close, differ
 from .test_golden import read

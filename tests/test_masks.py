@@ -8,9 +8,9 @@ from transformers import LlamaConfig, masking_utils
 from transformers.cache_utils import DynamicCache
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch
+from hf_attn_patch.call.mask import Mask, first_true
 from hf_attn_patch.errors import ModelMismatchError
-from hf_attn_patch.masks import Mask, first_true
+from hf_attn_patch.install import dispatch, stack
 
 from .small import close, differ, inputs_of, model_of, output, refused
 
@@ -301,7 +301,7 @@ def test_a_row_that_may_see_nothing_gives_zero_and_no_nan(form):
     query = torch.randn(1, 2, 4, 8, dtype=torch.float64)
     mask = Mask.of(given, query, query, causal=True)
     for impl in ("reference", "torch"):
-        result = dispatch.attention(dispatch.Program(query, query, query, mask, scale=1.0), impl)
+        result = stack.attention(stack.Program(query, query, query, mask, scale=1.0), impl)
         assert torch.isfinite(result.output).all() and not bool(result.output[:, :, 2].any())
 
 

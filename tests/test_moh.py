@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch, registry
+from hf_attn_patch import registry
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
 from hf_attn_patch.errors import ConfigError, ModelMismatchError
+from hf_attn_patch.install import stack
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.heads.moh import Split, balance, best
-from hf_attn_patch.program import Program
 
 from .small import close, differ, inputs_of, model_of, output, refused
 from .test_golden import IMPLS, read
@@ -204,7 +205,7 @@ def test_balance_is_k_when_even_and_ignores_order_and_padding():
 def test_straight_through_keeps_the_hard_gate_and_reaches_the_query_projection():
     model = model_of("llama").requires_grad_(True)
     inputs = inputs_of(model)
-    programs, original = [], dispatch.attention
+    programs, original = [], stack.attention
     options = {"active": 0.5, "shared": 0.25, "balance": 0.0}
 
     def grads(train):
@@ -213,7 +214,7 @@ def test_straight_through_keeps_the_hard_gate_and_reaches_the_query_projection()
         return {n: p.grad.clone() for n, p in model.named_parameters()}
 
     with hap.patched(model, "moh", **options), pytest.MonkeyPatch.context() as patching:
-        patching.setattr(dispatch, "attention", lambda p, impl: (programs.append(p), original(p, impl))[1])
+        patching.setattr(stack, "attention", lambda p, impl: (programs.append(p), original(p, impl))[1])
         hard, soft = grads(False), grads(True)
     for a, b in zip(programs[:2], programs[2:]):
         assert torch.equal(a.head_gate, b.head_gate) and set(b.head_gate.unique().tolist()) == {0.0, 1.0}
@@ -233,12 +234,12 @@ def test_models_that_normalise_queries_are_routed_by_the_norms_before(family, le
     module = hap.find_sites(model)[0].module
     wide, gates = [], []
     hook = module.q_proj.register_forward_hook(lambda m, a, out: wide.append(out))
-    original = dispatch.attention
+    original = stack.attention
     with (
         hap.patched(model, "moh", active=0.5, shared=0.25, layers=0),
         pytest.MonkeyPatch.context() as patching,
     ):
-        patching.setattr(dispatch, "attention", lambda p, i: (gates.append(p.head_gate), original(p, i))[1])
+        patching.setattr(stack, "attention", lambda p, i: (gates.append(p.head_gate), original(p, i))[1])
         output(model, inputs)
     hook.remove()
     norms = wide[0].unflatten(-1, (4, -1)).norm(dim=-1)

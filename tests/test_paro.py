@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch, registry
+from hf_attn_patch import registry
 from hf_attn_patch.calibration.paro import block_masses, heaviest
 from hf_attn_patch.errors import ConfigError, ModelMismatchError
+from hf_attn_patch.install import stack
+from hf_attn_patch.model.sites import find_sites
 from hf_attn_patch.patches.vision.paro import orders, packed, slots, unpacked
-from hf_attn_patch.sites import find_sites
 from tests.conformance.families import forward
 from tests.test_vision import image, vit
 
@@ -21,8 +22,8 @@ from tests.test_vision import image, vit
 @pytest.fixture
 def programs(monkeypatch):
     """Every program that runs, with its output."""
-    seen, original = [], dispatch.attention
-    monkeypatch.setattr(dispatch, "attention", lambda p, i: (seen.append((p, r := original(p, i))), r)[1])
+    seen, original = [], stack.attention
+    monkeypatch.setattr(stack, "attention", lambda p, i: (seen.append((p, r := original(p, i))), r)[1])
     return seen
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch
-from hf_attn_patch.dispatch import SitePatch
+from hf_attn_patch.install import dispatch
+from hf_attn_patch.install.stack import SitePatch
 
 from .small import close, differ, inputs_of, model_of, output
 

@@ -8,8 +8,8 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassi
 
 import hf_attn_patch as hap
 from benchmarks import prompt_cam as benchmark
+from hf_attn_patch.call.program import ScoreEdit
 from hf_attn_patch.patches.vision import prompt_cam
-from hf_attn_patch.program import ScoreEdit
 from tests.test_golden import read
 
 EXACT = {"rtol": 0, "atol": 1e-9}

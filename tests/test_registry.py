@@ -14,10 +14,10 @@ import torch
 
 import hf_attn_patch as hap
 from hf_attn_patch import registry
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.errors import ConfigError, RegistrationError, UnknownPatchError
 from hf_attn_patch.patches import BUILTIN
 from hf_attn_patch.registry import Patch, option
-from hf_attn_patch.rules import SinkWindow
 
 from .small import differ, inputs_of, model_of, output, refused, untouched
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_attn_patch.errors import SelectionError
-from hf_attn_patch.selection import indices, overrides, plain, settled
+from hf_attn_patch.model.selection import indices, overrides, plain, settled
 
 from .small import refused
 

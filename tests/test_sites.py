@@ -6,9 +6,9 @@ import pytest
 from torch import nn
 
 import hf_attn_patch as hap
-from hf_attn_patch import sites as site_module
 from hf_attn_patch.errors import ModelMismatchError, PatchError
-from hf_attn_patch.sites import find_sites, layer_module, register_site_facts
+from hf_attn_patch.model import sites as site_module
+from hf_attn_patch.model.sites import find_sites, layer_module, register_site_facts
 
 from .small import model_of, refused
 

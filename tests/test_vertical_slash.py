@@ -11,13 +11,12 @@ from transformers import DynamicCache
 
 import hf_attn_patch as hap
 from hf_attn_patch import registry
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import ColumnsDiagonals, SinkWindow
 from hf_attn_patch.kernels import UnsupportedProgram, attention, columns_diagonals, reference
 from hf_attn_patch.kernels.columns_diagonals import Lines
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.sparse.vertical_slash import KIND, chosen, line_scores
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules import SinkWindow
-from hf_attn_patch.rules_dynamic import ColumnsDiagonals
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import make
 from tests.small import close, differ, inputs_of, model_of, output, untouched

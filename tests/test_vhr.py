@@ -12,13 +12,14 @@ import torch
 from transformers import DynamicCache
 
 import hf_attn_patch as hap
-from hf_attn_patch import image_free, registry
+from hf_attn_patch import registry
 from hf_attn_patch.calibration.capture import captured
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
 from hf_attn_patch.errors import CacheError, ConfigError, ModelMismatchError, PatchError
+from hf_attn_patch.forward.needs import image_free
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.grounding.vhr import choose_heads, divergence, outliers
-from hf_attn_patch.program import Program
 
 from .conformance.families import columns_of, media_end, row_of
 from .small import close, differ, inputs_of, model_of, output, refused, untouched

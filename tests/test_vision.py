@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch, registry
+from hf_attn_patch import registry
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import Appended, BlockWindows, Disc, Neighborhood
 from hf_attn_patch.errors import CompositionError, ConfigError, ModelMismatchError
+from hf_attn_patch.install import stack
 from hf_attn_patch.kernels import attention
 from hf_attn_patch.kernels.layout import BlockLayout, layout_for
-from hf_attn_patch.masks import Mask
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules import Neighborhood
-from hf_attn_patch.rules_grid import Appended, BlockWindows, Disc
 from hf_attn_patch.testbed.tiny import tiny_model
 from tests.conformance.families import forward
 from tests.test_golden import dense
@@ -46,8 +46,8 @@ def rule_of(name, grid, prefix=0, **options):
 @pytest.fixture
 def programs(monkeypatch):
     """Every program that runs, with its output."""
-    seen, original = [], dispatch.attention
-    monkeypatch.setattr(dispatch, "attention", lambda p, i: (seen.append((p, r := original(p, i))), r)[1])
+    seen, original = [], stack.attention
+    monkeypatch.setattr(stack, "attention", lambda p, i: (seen.append((p, r := original(p, i))), r)[1])
     return seen
 
 
@@ -246,9 +246,9 @@ def test_keys_are_added_to_bidirectional_calls_only():
 @pytest.mark.parametrize("of", ["key", "value", "query"])
 def test_kk_attention_compares_a_projection_with_itself(of, programs, monkeypatch):
     model = vit(4, "clip_vision_model")
-    made, original = [], dispatch.make_program
+    made, original = [], stack.make_program
     monkeypatch.setattr(
-        dispatch, "make_program", lambda *a: (made.append((p := original(*a)).__dict__.copy()), p)[1]
+        stack, "make_program", lambda *a: (made.append((p := original(*a)).__dict__.copy()), p)[1]
     )
     with hap.patched(model, "kk_attention", of=of, layers=-1, heads=[0, 2]):
         forward(model, image(4))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.call.rules import Rule, SinkWindow
 from hf_attn_patch.kernels.layout import BlockLayout
 from hf_attn_patch.kernels.triton.configs import config
 from hf_attn_patch.kernels.triton.int8 import quantise
 from hf_attn_patch.kernels.triton.layout_attention import layout_attention
 from hf_attn_patch.kernels.triton.ragged_queries import ragged_query_attention, token_lists
-from hf_attn_patch.rules import Rule, SinkWindow
 
 from .case import Case, Context, Prepared
 from .competitors import block_mask, flex, sdpa

@@ -159,8 +159,8 @@ def programs(quick: bool) -> Iterator[tuple[str, Callable[[], Any], list[Any], b
     """(name, program, dtypes, with gradients) of the built-in list."""
     import torch
 
-    from hf_attn_patch.program import MassEdit
-    from hf_attn_patch.rules import SinkWindow
+    from hf_attn_patch.call.program import MassEdit
+    from hf_attn_patch.call.rules import SinkWindow
     from tests.kernels import cases
 
     single, all_dtypes = [torch.float32], [torch.float32, torch.float16, torch.bfloat16]

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import MassEdit, Program
+from hf_attn_patch.call.ragged import KVGroup, RaggedKV
 from hf_attn_patch.kernels import attention
 from hf_attn_patch.kernels.linear import linear_attention
-from hf_attn_patch.kernels.ragged import KVGroup, RaggedKV
 from hf_attn_patch.kernels.triton.classes import class_attention
 from hf_attn_patch.kernels.triton.decode import decode, decode_ragged
 from hf_attn_patch.kernels.triton.layout_attention import layout_attention
-from hf_attn_patch.masks import Mask
 from hf_attn_patch.patches.grounding.var import IMAGE, IMAGE_SINK, TEXT_SINK, transfer
-from hf_attn_patch.program import MassEdit, Program
 
 from .attention_cases import causal_flops, causal_layout, sizes
 from .case import Case, Context, Prepared

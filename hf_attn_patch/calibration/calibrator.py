@@ -258,7 +258,7 @@ def run(
 ) -> Calibration:
     """`hap.calibrate` for a ready calibrator."""
     from ..api import active
-    from ..sites import base_model
+    from ..model.sites import base_model
 
     if active(model):
         raise CompositionError(

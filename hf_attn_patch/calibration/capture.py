@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..api import patched
-from ..program import Program
+from ..call.program import Program
 from ..registry import Patch
 
 Look = Callable[[int, Program, Tensor], None]  # (layer, call, output [B, H, L, Dv])

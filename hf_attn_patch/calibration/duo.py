@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..api import patched
+from ..model.sites import base_model
 from ..patches.sparse.duo import full_heads, gates
-from ..sites import base_model
 from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work, model_name
 from .data import Sample, check_lengths, samples
 from .pictures import draw_plan

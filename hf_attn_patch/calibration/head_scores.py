@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelMismatchError
-from ..sites import base_model
+from ..model.sites import base_model
 from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work, model_name
 from .capture import captured
 from .data import Sample, check_lengths, needle, samples
@@ -245,7 +245,7 @@ def _plain(one: Any, model: Any, sample: Sample) -> Any:
 
 
 def _image_mass(model: Any, data: Any, progress: Progress) -> np.ndarray:
-    from ..context import image_token_ids
+    from ..forward.context import image_token_ids
 
     tokens = image_token_ids(model.config)
     if not tokens:

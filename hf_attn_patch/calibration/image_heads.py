@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..context import image_token_ids
 from ..errors import ModelMismatchError
+from ..forward.context import image_token_ids
 from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work
 from .head_scores import head_set, last_rows
 from .image_data import ImageSample, samples

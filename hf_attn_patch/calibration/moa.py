@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import head_sets
 from ..errors import ModelMismatchError
-from ..sites import base_model, find_sites
+from ..model import head_sets
+from ..model.sites import base_model, find_sites
 from . import plan_search
 from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work, model_name
 from .data import Sample, check_lengths, samples

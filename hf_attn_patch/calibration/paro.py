@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..api import patched
-from ..grids import Grid, call_grid
+from ..call.program import Program
 from ..kernels import reference
+from ..model.grids import Grid
+from ..model.sites import base_model
+from ..patches.on_grid import call_grid
 from ..patches.vision.paro import orders, packed, slots
-from ..program import Program
 from ..registry import Patch
-from ..sites import base_model
 from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work
 
 

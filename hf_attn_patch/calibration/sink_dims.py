@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.sites import base_model
 from ..patches.grounding.sink_dims import ratios, sink_tokens
-from ..sites import base_model
 from . import data as texts
 from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work, model_name
 from .image_data import has_images, samples

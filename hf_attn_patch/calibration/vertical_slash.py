@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call.program import Program
+from ..call.rules import ColumnsDiagonals
 from ..kernels import reference
+from ..model.sites import base_model, find_sites
 from ..patches.sparse.vertical_slash import KIND, VerticalSlash, chosen, line_scores
-from ..program import Program
-from ..rules_dynamic import ColumnsDiagonals
-from ..sites import base_model, find_sites
 from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work
 from .capture import captured
 from .data import check_lengths, samples

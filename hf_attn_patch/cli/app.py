@@ -127,7 +127,7 @@ def info(
 @app.command()
 def sites(model: Model, as_json: AsJson = False) -> None:
     """List the attention modules a patch can reach in a model."""
-    from ..sites import attention_classes, find_sites
+    from ..model.sites import attention_classes, find_sites
     from .models import load_model
 
     loaded, _ = load_model(model)

@@ -12,12 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .. import api
-from ..dispatch import Call, SitePatch
+from ..call.program import Program
+from ..call.rules import Rule, intersect
 from ..errors import ConfigError, ModelMismatchError, PatchError
-from ..grids import configured_grid
-from ..program import Program
-from ..rules import Rule, intersect
-from ..sites import Site, base_model, find_sites
+from ..install.stack import Call, SitePatch
+from ..model.grids import configured_grid
+from ..model.sites import Site, base_model, find_sites
 from .cascades import CASCADES, passes
 from .devices import Gpu
 from .pretend import Forward, prefix_tokens, program_of

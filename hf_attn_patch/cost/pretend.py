@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..call.mask import Mask
+from ..call.program import Program
 from ..errors import PatchError
-from ..masks import Mask
-from ..pixel_grid import SeenGrid
-from ..program import Program
-from ..sites import Site
+from ..forward.needs.grid import SeenGrid
+from ..model.sites import Site
 
 CLS = ("cls_token", "class_embedding", "class_token", "distillation_token")
 REGISTERS = ("register_tokens", "registers")

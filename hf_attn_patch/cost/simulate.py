@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import PatchError
-from ..grids import GridPatch, better_stride
+from ..patches.on_grid import GridPatch, better_stride
 from .estimate import edited_call, size_of
 from .pretend import Forward, program_of
 from .tiles import Tiles, tiles_of
 
 if TYPE_CHECKING:
-    from ..api import Plan
+    from ..install.plan import Plan
 
 
 @dataclass

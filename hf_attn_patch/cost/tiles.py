@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..call.rules import Rule
 from ..kernels.layout import BlockLayout, layout_for
-from ..rules import Rule
 
 TILE = 64  # tokens per side of what the kernels skip
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ..context import image_token_ids
 from ..errors import ConfigError, ModelMismatchError, RegistrationError, UnknownPatchError, did_you_mean
+from ..forward.context import image_token_ids
+from ..model.sites import base_model
 from ..registry import Patch, option
-from ..sites import base_model
 
 if TYPE_CHECKING:
     from torch import Tensor

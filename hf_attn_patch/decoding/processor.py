@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .. import api
 from ..errors import PatchError
-from ..sites import base_model
+from ..model.sites import base_model
 from . import prompts
 from .base import Decoding, Given, build
 from .stream import SecondStream

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import image_free
-from ..context import image_token_ids
 from ..errors import PatchError
+from ..forward.context import image_token_ids
+from ..forward.needs import image_free
 
 
 def image_columns(config: Any, ids: Tensor) -> Tensor:

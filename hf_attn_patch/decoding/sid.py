@@ -18,8 +18,8 @@ from .base import Decoding, Given, register_decoding
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..dispatch import Call
-    from ..program import Program
+    from ..call.program import Program
+    from ..install.stack import Call
     from .stream import SecondStream
 
 
@@ -121,7 +121,7 @@ class SelfIntrospectiveDecoding(Decoding):
 
     def check_model(self, model: Any) -> None:
         super().check_model(model)
-        from ..api import plan
+        from ..install.plan import plan
 
         layers = max(s.layer for s in plan(model, self._patch()).sites) + 1
         if self.layer >= layers:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..api import active
-from ..sites import base_model, find_sites
+from ..model.sites import base_model, find_sites
 from . import images as image_source
 from .feature_cache import encoded
 from .kept_mass import kept_mass

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..api import active
-from ..sites import base_model
+from ..model.sites import base_model
 from . import images as image_source
 from .features import _needs_interpolation
 from .labelled import DIGITS, labelled

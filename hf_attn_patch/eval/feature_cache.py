@@ -84,7 +84,7 @@ def patches_of(model: Any) -> list[dict[str, Any]]:
 
 def _variants(site: Any, handle: Any) -> list[Any]:
     """(heads, options) of a patch at a site: layers and heads may carry options of their own."""
-    from ..dispatch import stacks_of
+    from ..install.stack import stacks_of
 
     return [
         variant

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..sites import base_model
+from ..model.sites import base_model
 
 
 def encode(

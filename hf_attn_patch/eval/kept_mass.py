@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..added_tokens import AddsTokens
-from ..api import PatchHandle, patched
-from ..dispatch import Call, SitePatch, stacks_of
+from ..api import patched
+from ..call.program import Program
+from ..forward.needs.added_tokens import AddsTokens
+from ..install.handle import PatchHandle
+from ..install.stack import Call, SitePatch, stacks_of
 from ..kernels.reference import probabilities, visible
-from ..program import Program
+from ..model.sites import base_model
 from ..registry import Patch
-from ..sites import base_model
 
 if TYPE_CHECKING:
     from torch import nn

@@ -245,8 +245,8 @@ def cls_maps(model: Any, pixels: Any) -> Any:
     import torch
 
     from ..api import patched
+    from ..forward.needs.grid import grid_of
     from ..kernels import attention
-    from ..pixel_grid import grid_of
 
     kept: dict[int, Any] = {}
     with torch.inference_mode(), patched(model, LastCall(kept=kept)):

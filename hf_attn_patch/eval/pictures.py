@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from ..dispatch import CHILD, PatchStack
+from ..call.rules import Rule, intersect
+from ..install.names import CHILD
+from ..install.stack import PatchStack
 from ..kernels.layout import layout_for
-from ..rules import Rule, intersect
 
 
 def rules_of(handle: Any) -> dict[int, tuple[Rule | None, dict[str, Any]]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..added_tokens import AddsTokens
 from ..api import active
-from ..sites import base_model
+from ..forward.needs.added_tokens import AddsTokens
+from ..model.sites import base_model
 from .features import _last_hidden_state, _needs_interpolation, prefix_tokens
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..call.program import Program
 from ..decoding.stream import unnoticed
 from ..errors import ConfigError, PatchError
-from ..program import Program
 from .calls import probabilities, watched
 from .heat_map import draw
 from .image_grid import ImageTokens, image_tokens

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..api import PatchHandle, patched
+from ..api import patched
+from ..install.handle import PatchHandle
 from ..kernels.reference import probabilities as probabilities
 from ..registry import Patch
 
 if TYPE_CHECKING:
-    from ..dispatch import Call
-    from ..program import Program
+    from ..call.program import Program
+    from ..install.stack import Call
 
 Look = Callable[[Any, Any], None]  # (program, call)
 

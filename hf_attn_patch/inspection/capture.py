@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..call.mask import first_true
+from ..call.program import MassEdit, Program
 from ..errors import ConfigError, PatchError
-from ..masks import first_true
-from ..program import MassEdit, Program
 from ..registry import Patch
 from .calls import probabilities
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..api import active, patched
+from ..call.program import Program
 from ..errors import ConfigError, PatchError
+from ..forward.needs.grid import grid_of
 from ..kernels.reference import probabilities
-from ..pixel_grid import grid_of
-from ..program import Program
+from ..model.sites import base_model
 from ..registry import Patch
-from ..sites import base_model
 from .calls import Watch
 
 LOCAL, GLOBAL = 0.15, 0.06  # NMI above: local, below: global. Our bounds: UNIP publishes none

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..context import image_token_ids
 from ..errors import PatchError
+from ..forward.context import image_token_ids
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..program import Program
+from ..call.program import Program
 from .reference import gated
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")

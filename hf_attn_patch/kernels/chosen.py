@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..program import Program
-from ..rules import ChosenBlocks
+from ..call.program import Program
+from ..call.rules import ChosenBlocks
 from .row_blocks import run_rows, sdpa
 
 ROWS = 64

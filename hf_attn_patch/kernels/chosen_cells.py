@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..program import Program
-from ..rules_dynamic import ChosenCells
+from ..call.program import Program
+from ..call.rules import ChosenCells
 from .row_blocks import run_rows, sdpa
 
 ELEMENTS = 1 << 22  # gathered elements of keys, or of a mask, of one batch of runs

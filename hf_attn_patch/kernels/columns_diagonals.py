@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..program import Program
-from ..rules_dynamic import ColumnsDiagonals
+from ..call.program import Program
+from ..call.rules import ColumnsDiagonals
 from .row_blocks import run_rows, sdpa
 
 ROWS = 64

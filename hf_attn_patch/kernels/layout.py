@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import Everything, Rule
+from ..call.rules import Everything, Rule
 from .tiles import Pairs, Predicate, Shape, classify, mask_kind, ordered_pairs, pack, ranged_pairs, unpack
 
 

@@ -12,9 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..program import Program
-from ..rules import Rule
-from ..rules_dynamic import ChosenCells, ColumnsDiagonals
+from ..call.program import Program
+from ..call.rules import ChosenCells, ColumnsDiagonals, Rule
 from .buckets import attend_plan
 from .chosen import run_chosen
 from .chosen_cells import run_cells

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..program import Program
+from ..call.program import Program
 from .buckets import flash, flash_backward
 
 ROWS = 256  # pairs per run

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..program import Program, head_selector
-from ..rules import Rule
+from ..call.program import Program, head_selector
+from ..call.rules import Rule
 
 
 def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:

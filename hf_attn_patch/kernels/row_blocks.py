@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..program import Program
+from ..call.program import Program
 from . import reference
 
 ELEMENTS = 1 << 21  # scores, or mask elements, of one run of rows

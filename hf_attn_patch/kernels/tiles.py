@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rules import Rule
+from ..call.rules import Rule
 
 PIECE = 1 << 21  # elements evaluated at once
 

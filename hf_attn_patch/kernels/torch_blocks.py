@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..program import MassEdit, Program, ScoreEdit
-from ..rules import Rule
+from ..call.program import MassEdit, Program, ScoreEdit
+from ..call.rules import Rule
 from . import ragged_rows, reference
 from .plain import run_plain
 from .ragged_rows import run_open

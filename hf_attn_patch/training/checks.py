@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..api import active
-from ..context import in_backward
-from ..dispatch import CHILD, stacks_of
 from ..errors import PatchError
-from ..losses import aux_losses
-from ..sites import base_model, find_sites
+from ..forward.context import in_backward
+from ..forward.needs.losses import aux_losses
+from ..install.names import CHILD
+from ..install.stack import stacks_of
+from ..model.sites import base_model, find_sites
 
 
 def patch_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

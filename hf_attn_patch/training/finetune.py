@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..added_tokens import takes_pixels
 from ..api import active, patch
-from ..dispatch import CHILD
 from ..errors import ConfigError
+from ..forward.needs.added_tokens import takes_pixels
+from ..install.names import CHILD
 from . import need
 from .adapters import is_peft, save
 from .callback import PatchCallback

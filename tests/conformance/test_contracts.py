@@ -15,8 +15,9 @@ import torch
 from transformers import DynamicCache
 
 import hf_attn_patch as hap
-from hf_attn_patch import dispatch, registry
-from hf_attn_patch.context import image_token_ids
+from hf_attn_patch import registry
+from hf_attn_patch.forward.context import image_token_ids
+from hf_attn_patch.install import dispatch, stack
 
 from .families import (
     DECODERS,
@@ -285,7 +286,7 @@ def test_failing_half_way_rolls_back(case, monkeypatch):
     model = model_of(case.family)
     inputs = inputs_of(case.family)
     before, dense = snapshot(model), forward(model, inputs)
-    original, calls = dispatch.SitePatch.to, []
+    original, calls = stack.SitePatch.to, []
 
     def fails_at_the_second(self, *args, **kwargs):
         calls.append(self)
@@ -293,7 +294,7 @@ def test_failing_half_way_rolls_back(case, monkeypatch):
             raise MemoryError("no room for site 2")
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(dispatch.SitePatch, "to", fails_at_the_second)
+    monkeypatch.setattr(stack.SitePatch, "to", fails_at_the_second)
     with pytest.raises(MemoryError):
         hap.patch(model, case.patch, **case.options)
     assert len(calls) == 2
@@ -404,8 +405,8 @@ def test_half_precision_stays_in_budget(case, dtype, monkeypatch):
 
     model = model_of(case.family)
     programs = []
-    original = dispatch.attention
-    monkeypatch.setattr(dispatch, "attention", lambda p, impl: (programs.append(p), original(p, impl))[1])
+    original = stack.attention
+    monkeypatch.setattr(stack, "attention", lambda p, impl: (programs.append(p), original(p, impl))[1])
     with patch(case, model):
         forward(model, inputs_of(case.family))
     for program in programs:
@@ -421,14 +422,14 @@ def test_head_subset_leaves_other_heads_dense(case, monkeypatch):
     model = model_of(case.family)
     inputs = inputs_of(case.family)
     outputs = []
-    original = dispatch.attention
+    original = stack.attention
     monkeypatch.setattr(
-        dispatch, "attention", lambda p, impl: (outputs.append((p, r := original(p, impl))), r)[1]
+        stack, "attention", lambda p, impl: (outputs.append((p, r := original(p, impl))), r)[1]
     )
     with patch(case, model, heads=[1], layers=0):
         forward(model, inputs)
     program, result = outputs[0]
-    plain = dispatch.Program(program.query, program.key, program.value, program.mask, program.scale)
+    plain = stack.Program(program.query, program.key, program.value, program.mask, program.scale)
     dense = original(plain, "reference").output
     close(result.output[:, [0, 2, 3]], dense[:, [0, 2, 3]])
     assert float((result.output[:, 1] - dense[:, 1]).abs().max()) > 1e-6

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.ragged import RaggedKV
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.kernels.ragged import RaggedKV
-from hf_attn_patch.masks import Mask
-from hf_attn_patch.program import Program
 
 
 def cast(x: Any, dtype: torch.dtype, device: str | None = None) -> Any:

@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.kernels.ragged import KVGroup, RaggedKV
-from hf_attn_patch.masks import Mask
-from hf_attn_patch.program import Blend, MassEdit, Program, ScoreEdit
-from hf_attn_patch.rules import BlockSinkWindow, Neighborhood, SinkWindow, StridedShards
-from hf_attn_patch.rules_grid import BlockWindows, Disc
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Blend, MassEdit, Program, ScoreEdit
+from hf_attn_patch.call.ragged import KVGroup, RaggedKV
+from hf_attn_patch.call.rules import (
+    BlockSinkWindow,
+    BlockWindows,
+    Disc,
+    Neighborhood,
+    SinkWindow,
+    StridedShards,
+)
 
 
 def make(

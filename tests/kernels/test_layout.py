@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_attn_patch.call.rules import AllOf, Neighborhood, OnHeads, SinkWindow
 from hf_attn_patch.kernels.layout import BlockLayout, layout_for
 from hf_attn_patch.kernels.tiles import pack, unpack
-from hf_attn_patch.rules import AllOf, Neighborhood, OnHeads, SinkWindow
 
 from .cases import all_rules, grid
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_attn_patch.call.program import MassEdit
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.program import MassEdit
-from hf_attn_patch.rules import SinkWindow
 
 from .cases import classes, make, shift_mass
 from .test_layout import LargestTensor

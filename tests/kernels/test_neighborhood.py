@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_attn_patch.rules import Neighborhood
+from hf_attn_patch.call.rules import Neighborhood
 
 GOLDEN = {  # (length, window, stride, dilation, causal): first-last key of every query
     (8, 3, 1, 1, False): "0-2 0-2 1-3 2-4 3-5 4-6 5-7 5-7",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.kernels import attention, ragged_rows
-from hf_attn_patch.rules import SinkWindow
 
 from .budget import assert_within_budget
 from .cases import all_masks, edit, make
@@ -123,7 +123,7 @@ def test_other_programs_take_the_usual_way(what, runs, monkeypatch):
 
 
 def test_query_scale_and_blends_meet_a_sparse_gate():
-    from hf_attn_patch.program import Blend
+    from hf_attn_patch.call.program import Blend
 
     program = gated(make(L=80))
     program.query_scale = torch.rand(1, 4, 80, 1, dtype=torch.float64) + 0.5

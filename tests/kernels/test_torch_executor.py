@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.rules import SinkWindow
 
 from .budget import assert_within_budget
 from .cases import all_edits, all_masks, all_rules, classes, edit, make, ragged

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_attn_patch.call.program import MassEdit, MassTransfer
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.kernels import attention, reference, why_not
 from hf_attn_patch.kernels.triton import geometry
 from hf_attn_patch.kernels.triton.classes import class_attention, class_statistics
 from hf_attn_patch.kernels.triton.configs import config
 from hf_attn_patch.patches.grounding.var import transfer
-from hf_attn_patch.program import MassEdit, MassTransfer
-from hf_attn_patch.rules import SinkWindow
 from tests.kernels import budget
 from tests.kernels.budget import assert_within_budget, check_budget
 from tests.kernels.cases import all_edits, all_masks, classes, edit, make, shift_mass, some_rows

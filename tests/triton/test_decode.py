@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attn_patch.kernels.ragged import KVGroup, RaggedKV
+from hf_attn_patch.call.ragged import KVGroup, RaggedKV
 from hf_attn_patch.kernels.reference import masked_softmax
 from hf_attn_patch.kernels.triton.decode import decode, decode_ragged
 from tests.kernels.budget import check_budget

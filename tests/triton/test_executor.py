@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.kernels import UnsupportedProgram, attention, why_not
 from hf_attn_patch.kernels.triton.configs import Config, forced
-from hf_attn_patch.rules import SinkWindow
 from tests.kernels import budget
 from tests.kernels.budget import assert_within_budget
 from tests.kernels.cases import all_edits, all_masks, all_rules, classes, edit, make, ragged

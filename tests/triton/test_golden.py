@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_attn_patch.call.mask import Mask
+from hf_attn_patch.call.program import Program
+from hf_attn_patch.call.rules import BlockSinkWindow
 from hf_attn_patch.kernels import attention
-from hf_attn_patch.masks import Mask
-from hf_attn_patch.program import Program
-from hf_attn_patch.rules import BlockSinkWindow
 from tests.kernels.budget import cast, check_budget
 from tests.test_golden import NATTEN, heads_first, natten_rule, read
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_attn_patch.call.rules import SinkWindow
 from hf_attn_patch.kernels.layout import BlockLayout
 from hf_attn_patch.kernels.triton.int8 import quantise
 from hf_attn_patch.kernels.triton.layout_attention import layout_attention, pack_edits
-from hf_attn_patch.rules import SinkWindow
 from tests.kernels.budget import check_budget
 
 from .conftest import DEVICE

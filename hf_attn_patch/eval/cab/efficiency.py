@@ -213,7 +213,7 @@ def _call(
     model: Any, body: Body, choice: Choice | None, inputs: dict[str, Any], meter: Callable[..., Any]
 ) -> float:
     """What `meter` says of the attention modules of `body` in one forward, all of them together."""
-    from ...sites import find_sites
+    from ...model.sites import find_sites
 
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # a window that saves nothing at a short length is no news

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...program import Heads, MassTransfer, Program, head_selector
-from ...rules import Rule
+from ...call.program import Heads, MassTransfer, Program, head_selector
+from ...call.rules import Rule
 from .. import reference
 from ..layout import BlockLayout
 from . import geometry

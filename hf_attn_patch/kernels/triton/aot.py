@@ -300,8 +300,6 @@ def use_cache() -> None:
 
 
 if __name__ == "__main__":
-    from hf_attn_patch.kernels.triton import (
-        aot,  # not __main__: kernel files import this module under its name
-    )
+    from hf_attn_patch.kernels.triton import aot
 
     sys.exit(aot.main())

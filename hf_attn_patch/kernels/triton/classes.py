@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...program import MassTransfer
+from ...call.program import MassTransfer
 from ..layout import BlockLayout
 from .aot import Case, sizes
 from .configs import Config, config, rows

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...program import Program
-from ...rules import SinkWindow
+from ...call.program import Program
+from ...call.ragged import RaggedKV
+from ...call.rules import SinkWindow
 from .. import reference
-from ..ragged import RaggedKV
 from .decode import decode, decode_ragged
 from .geometry import ends_of_rows, on_device
 

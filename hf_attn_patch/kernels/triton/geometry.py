@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...masks import Mask
-from ...program import Program
-from ...rules import ChosenBlocks, Rule
-from ...rules_dynamic import ChosenCells, ColumnsDiagonals
+from ...call.mask import Mask
+from ...call.program import Program
+from ...call.rules import ChosenBlocks, ChosenCells, ColumnsDiagonals, Rule
 from ..layout import BlockLayout
 from ..layout import layout_for as cached_layout
 from .layout_attention import Padding

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...context import image_token_ids
-from ...program import MassEdit, MassTransfer
+from ...call.program import MassEdit, MassTransfer
+from ...forward.context import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 OUTPUT = 2
 

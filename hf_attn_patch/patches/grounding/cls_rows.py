@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ...errors import ConfigError, ModelMismatchError, PatchError
 from ...kernels.reference import probabilities
-from ...sites import base_model, find_sites
+from ...model.sites import base_model, find_sites
 from .image_keys import layers_of
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 CLS = ("cls_token", "class_embedding", "class_token")  # names of the parameter that is the CLS token
 # config fields by which models say that an image token is not one patch

@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...context import image_token_ids
-from ...program import ScoreEdit
+from ...call.program import ScoreEdit
+from ...forward.context import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 PUBLISHED = (5, 18)  # of 32 layers
 

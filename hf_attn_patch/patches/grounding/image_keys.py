@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...context import image_token_ids
 from ...errors import ModelMismatchError, PatchError
-from ...sites import find_sites
+from ...forward.context import image_token_ids
+from ...model.sites import find_sites
 
 if TYPE_CHECKING:
-    from ...context import Context
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...forward.context import Context
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 OTHER, IMAGE = 0, 1  # key classes; a method numbers its own further classes from 2 on
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...context import image_token_ids
+from ...call.program import ScoreEdit
 from ...errors import CacheError, ModelMismatchError, PatchError
+from ...forward.context import image_token_ids
 from ...kernels.reference import probabilities
-from ...program import ScoreEdit
 from ...registry import Patch, option, register_patch
 from . import cls_rows, image_keys
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 OTHER, LOCAL, SUMMARY = 0, 1, 2  # key classes
 ROWS = 128  # query rows whose probabilities exist at a time

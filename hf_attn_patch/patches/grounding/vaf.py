@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...context import image_token_ids
-from ...masks import first_true
-from ...program import ScoreEdit
+from ...call.mask import first_true
+from ...call.program import ScoreEdit
+from ...forward.context import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 SYSTEM = 2
 PUBLISHED = (9, 14)  # of 32 layers

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ...context import image_token_ids
+from ...call.program import MassEdit, MassTransfer
 from ...errors import CacheError, ModelMismatchError
-from ...program import MassEdit, MassTransfer
+from ...forward.context import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 from .sink_dims import SINK_DIMS, dims_of, plain, sink_tokens
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 OTHER, IMAGE, IMAGE_SINK, TEXT_SINK = range(4)
 

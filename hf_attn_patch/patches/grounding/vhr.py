@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ... import image_free
-from ...context import image_token_ids
 from ...errors import CacheError, ModelMismatchError, PatchError
+from ...forward.context import image_token_ids
+from ...forward.needs import image_free
 from ...registry import Patch, option, register_patch
 from . import image_keys
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 
 def divergence(seen: Tensor, blind: Tensor, *, squared: bool = False) -> Tensor:

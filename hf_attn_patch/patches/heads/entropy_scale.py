@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...call.program import head_selector
 from ...errors import ModelMismatchError
-from ...program import head_selector
 from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...masks import Mask
-    from ...program import Program
-    from ...sites import Site
+    from ...call.mask import Mask
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 PIECE = 1 << 22  # mask elements looked at at once
 

@@ -13,9 +13,9 @@ from ...errors import ModelMismatchError
 from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ... import head_sets
+from ...call.program import ScoreEdit
 from ...errors import ConfigError
-from ...program import ScoreEdit
+from ...model import head_sets
 from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 Span = tuple[int, int]
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ...call.rules import ChosenBlocks
 from ...errors import CacheError
 from ...kernels.block_scores import antidiagonal_scores, pooled_scores
 from ...kernels.block_selection import select_threshold, select_topk
 from ...registry import Patch, option, register_patch
-from ...rules import ChosenBlocks
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
+    from ...call.program import Program
+    from ...install.stack import Call
 
 SCORES = ("mean", "minmax", "antidiagonal")
 

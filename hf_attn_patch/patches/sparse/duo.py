@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ... import head_sets
+from ...call.program import Blend
+from ...call.rules import SinkWindow
 from ...errors import ConfigError, ModelMismatchError
-from ...program import Blend
+from ...model import head_sets
 from ...registry import Patch, option, register_patch
-from ...rules import SinkWindow
 
 if TYPE_CHECKING:
-    from ...context import Context
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...forward.context import Context
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 WHOLE = 1 << 24  # a window no sequence reaches
 Table = list[list[float]]
@@ -246,7 +246,7 @@ def gates(model: Any) -> dict[int, Tensor]:
     Raises:
         ConfigError: no active ``duo`` patch with ``mode="train"``.
     """
-    from ...dispatch import SitePatch
+    from ...install.stack import SitePatch
 
     found: dict[int, Tensor] = {
         m.layer: m.alpha  # type: ignore[misc]
@@ -298,7 +298,7 @@ def _layers(model: Any, sites: Sequence[Site]) -> int:
 
 def _shape(model: Any) -> list[int] | None:
     """KV heads of each layer of the text part, or None if `model` has no causal text layer with known heads."""
-    from ...sites import find_sites
+    from ...model.sites import find_sites
 
     sites = [s for s in find_sites(model) if s.causal and s.parts & set(Duo.parts)]
     if not sites or any(s.num_kv_heads is None for s in sites):

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...call.rules import BlockSinkWindow, SinkWindow
 from ...errors import ConfigError, ModelMismatchError
 from ...registry import Patch, option, register_patch
-from ...rules import BlockSinkWindow, SinkWindow
 
 if TYPE_CHECKING:
-    from ...context import Context
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...forward.context import Context
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 
 def span_size(alpha: float, beta: float, length: int, block: int = 64, smallest: int = 128) -> int:
@@ -205,7 +205,7 @@ class MoA(Patch):
 
 def _plan_shape(model: Any) -> tuple[int, int] | None:
     """(layers, query heads) a plan for `model` needs, or None if it has no causal text layer."""
-    from ...sites import find_sites
+    from ...model.sites import find_sites
 
     sites = [s for s in find_sites(model) if s.causal and s.parts & set(MoA.parts)]
     if not sites or sites[0].num_heads is None:

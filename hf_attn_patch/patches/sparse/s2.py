@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ...call.rules import StridedShards
 from ...errors import ModelMismatchError
 from ...registry import Patch, option, register_patch
-from ...rules import StridedShards
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 SHOWN_BLOCKS = 64  # size of the block grid whose density is told when a model is patched
 
@@ -153,7 +153,7 @@ class S2(Patch):
             )
 
     def check_model(self, model: Any, sites: list[Site]) -> list[str]:
-        from ...sites import find_sites
+        from ...model.sites import find_sites
 
         layers = 1 + max(s.layer for s in find_sites(model) if s.parts & set(self.parts))
         absent = [l for l in self.dense_layers if l >= layers]
@@ -200,7 +200,7 @@ class S2(Patch):
 
     @classmethod
     def examples(cls, model: Any) -> list[dict[str, Any]]:
-        from ...sites import find_sites
+        from ...model.sites import find_sites
 
         heads = [s.num_kv_heads or 1 for s in find_sites(model) if s.causal and s.parts & set(cls.parts)]
         many = min(heads, default=1) > 1  # one KV head cannot be complete and sparse

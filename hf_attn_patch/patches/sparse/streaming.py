@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...call.rules import SinkWindow
 from ...registry import Patch, option, register_patch
-from ...rules import SinkWindow
 
 if TYPE_CHECKING:
-    from ...context import Context
-    from ...dispatch import Call
-    from ...program import Program
+    from ...call.program import Program
+    from ...forward.context import Context
+    from ...install.stack import Call
 
 
 @register_patch("streaming")

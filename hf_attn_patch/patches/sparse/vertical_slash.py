@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...call.rules import ColumnsDiagonals
 from ...errors import CacheError, ConfigError, ModelMismatchError
 from ...kernels.reference import masked_softmax
 from ...registry import Patch, option, register_patch
-from ...rules_dynamic import ColumnsDiagonals
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 KIND = "vertical_and_slash"
 Pair = tuple[int, int]  # (columns, diagonals)

@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...call.program import Blend, head_selector
+from ...call.rules import Appended
 from ...errors import ModelMismatchError
-from ...grids import Grid, GridPatch, call_grid, configured_grid, per_axis
-from ...program import Blend, head_selector
+from ...model.grids import Grid, configured_grid, per_axis
 from ...registry import option, register_patch
-from ...rules_grid import Appended
+from ..on_grid import GridPatch, call_grid
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 POOLS: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,

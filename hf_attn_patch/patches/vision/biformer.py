@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...call.rules import ChosenCells
+from ...call.token_permute import Tiles
 from ...errors import ModelMismatchError
-from ...grids import ChosenOnGrid, Grid, config_grid, configured_grid, per_axis
 from ...kernels.chosen_cells import cell_means
+from ...model.grids import Grid, config_grid, configured_grid, per_axis
 from ...registry import option, register_patch
-from ...rules_dynamic import ChosenCells
-from ...token_permute import Tiles
+from ..on_grid import ChosenOnGrid
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...call.rules import Appended, Disc
 from ...errors import ModelMismatchError
-from ...grids import Grid, GridPatch, call_grid, configured_grid
+from ...model.grids import Grid, configured_grid
 from ...registry import option, register_patch
-from ...rules_grid import Appended, Disc
+from ..on_grid import GridPatch, call_grid
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 
 def cells(x: Tensor, grid: Grid, weight: Tensor) -> Tensor:

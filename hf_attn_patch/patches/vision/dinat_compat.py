@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...call.program import head_selector
+from ...call.rules import Neighborhood
 from ...errors import ModelMismatchError
-from ...grids import Grid, GridPatch, call_grid, config_grid, configured_grid, per_axis
-from ...program import head_selector
+from ...model.grids import Grid, config_grid, configured_grid, per_axis
 from ...registry import option, register_patch
-from ...rules import Neighborhood
+from ..on_grid import GridPatch, call_grid
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 
 @functools.lru_cache(maxsize=16)

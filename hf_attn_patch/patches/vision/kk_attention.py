@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ...call.program import head_selector
 from ...errors import ModelMismatchError
-from ...program import head_selector
+from ...model.sites import find_sites
 from ...registry import Patch, option, register_patch
-from ...sites import find_sites
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 
 @register_patch("kk_attention")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...call.rules import Neighborhood
 from ...errors import ModelMismatchError
-from ...grids import Grid, GridPatch, configured_grid, per_axis
+from ...model.grids import Grid, configured_grid, per_axis
 from ...registry import option, register_patch
-from ...rules import Neighborhood
+from ..on_grid import GridPatch
 
 
 @register_patch("neighborhood")

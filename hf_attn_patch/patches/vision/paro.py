@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...call.program import head_selector
+from ...call.rules import ChosenCells
 from ...errors import ConfigError, ModelMismatchError
-from ...grids import ChosenOnGrid, Grid, configured_grid
-from ...program import head_selector
+from ...model.grids import Grid, configured_grid
 from ...registry import option, register_patch
-from ...rules_dynamic import ChosenCells
+from ..on_grid import ChosenOnGrid
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 QUERIES = 32  # rows that share a scale
 AXES = {1: "w", 2: "hw", 3: "fhw"}
@@ -203,7 +204,7 @@ class Paro(ChosenOnGrid):
     @classmethod
     def _plan(cls, model: Any, share: float) -> dict[str, Any] | None:
         """A plan with random blocks for the sites of `model`."""
-        from ...sites import base_model, find_sites
+        from ...model.sites import base_model, find_sites
 
         grid = configured_grid(model)
         if grid is None:

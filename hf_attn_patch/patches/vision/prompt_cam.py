@@ -12,17 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...added_tokens import CLASS_WEIGHT, AddsTokens, answers, drawn, is_last, takes_pixels, width
 from ...api import active
-from ...dispatch import SitePatch, stacks_of
+from ...call.program import ScoreEdit
 from ...errors import ModelMismatchError, PatchError
-from ...program import ScoreEdit
+from ...forward.needs.added_tokens import (
+    CLASS_WEIGHT,
+    AddsTokens,
+    answers,
+    drawn,
+    is_last,
+    takes_pixels,
+    width,
+)
+from ...install.stack import SitePatch, stacks_of
 from ...registry import option, register_patch
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 
 @register_patch("prompt_cam")
@@ -181,7 +189,7 @@ def studied(model: nn.Module, study: Study) -> Iterator[Study]:
 @torch.no_grad()
 def class_maps(model: nn.Module, pixel_values: Tensor) -> ClassMaps:
     """Logits and maps of all classes for images [B, 3, height, width], in one forward."""
-    from ...pixel_grid import grid_of
+    from ...forward.needs.grid import grid_of
 
     with studied(model, Study(answering(model)[1].classes)) as study:
         logits = model(pixel_values=pixel_values).logits

@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...call.rules import ChosenCells
+from ...call.token_permute import Tiles
 from ...errors import ModelMismatchError
-from ...grids import ChosenOnGrid, Grid, call_grid, config_grid, configured_grid, per_axis
 from ...kernels import reference
+from ...model.grids import Grid, config_grid, configured_grid, per_axis
 from ...registry import option, register_patch
-from ...rules_dynamic import ChosenCells
-from ...token_permute import Tiles
+from ..on_grid import ChosenOnGrid, call_grid
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...added_tokens import CLASS_WEIGHT, AddsTokens, drawn, is_last, takes_pixels, width
-from ...grids import call_grid
-from ...program import MassEdit
+from ...call.program import MassEdit
+from ...forward.needs.added_tokens import CLASS_WEIGHT, AddsTokens, drawn, is_last, takes_pixels, width
 from ...registry import option, register_patch
+from ..on_grid import call_grid
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
-    from ...sites import Site
+    from ...call.program import Program
+    from ...install.stack import Call
+    from ...model.sites import Site
 
 POOLS = ("cls", "image")
 

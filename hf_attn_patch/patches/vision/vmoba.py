@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ...call.rules import ChosenCells
+from ...call.token_permute import Tiles
 from ...errors import ModelMismatchError
-from ...grids import ChosenOnGrid, Grid, configured_grid
 from ...kernels.block_selection import select_threshold, select_topk
 from ...kernels.chosen_cells import cell_means
+from ...model.grids import Grid, configured_grid
 from ...registry import option, register_patch
-from ...rules_dynamic import ChosenCells
-from ...token_permute import Tiles
+from ..on_grid import ChosenOnGrid
 
 if TYPE_CHECKING:
-    from ...dispatch import Call
-    from ...program import Program
+    from ...call.program import Program
+    from ...install.stack import Call
 
 KINDS = {"slab": 1, "tile": 2, "cube": 3}  # axes that a kind cuts
 

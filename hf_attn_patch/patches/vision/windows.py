@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...call.rules import BlockWindows, Neighborhood
 from ...errors import ModelMismatchError
-from ...grids import Grid, GridPatch, configured_grid, per_axis
+from ...model.grids import Grid, configured_grid, per_axis
 from ...registry import option, register_patch
-from ...rules import Neighborhood
-from ...rules_grid import BlockWindows
+from ..on_grid import GridPatch
 
 GRID_HELP = "token grid, e.g. [16, 16]; default: from the pixel values"
 

@@ -1,0 +1,206 @@
+"""Tokens that a patch puts in front of those of a layer, and class logits from what comes out of the last one.
+
+A pre-hook of the layer adds the tokens, a hook takes their rows away again, so that the next layer and the model see as
+many tokens as ever; both exist only while a patch needs them. The added tokens come first, which makes them prefix
+tokens to whatever counts from the end of the sequence (grids, rotary positions of patches). A patch with classes also
+gets to answer for the model: its logits go into the output, its cross-entropy into the loss, and labels never reach the
+model's own head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import ModelMismatchError
+from ...install.stack import SitePatch, stacks_of
+from ...model.sites import Site, base_model, layer_module
+from ...registry import Patch
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+CLASS_TOKENS, LABELS = "class_tokens", "class_labels"  # in the scratch space of a forward
+CLASS_WEIGHT = "class_weight"  # parameter of a patch in the last layer that answers for the model
+
+
+@dataclass
+class AddsTokens(Patch):
+    """Base of methods that add tokens to a layer of a vision model."""
+
+    parts = ("vision",)
+    needs = frozenset({"added_tokens"})
+    exclusive = frozenset({"added tokens"})
+    head_selectable = False
+    trainable = True
+
+    def added_tokens(self, tensors: nn.Module, training: bool) -> Tensor:
+        """Tokens [P, C] that go in front of those of the layer."""
+        raise NotImplementedError
+
+    def class_tokens(self, hidden: Tensor, added: int) -> Tensor | None:
+        """Rows [B, K, C] of what leaves the last layer (added ones first) that the logits are made of; None: none."""
+        return None
+
+    def class_logits(self, tokens: Tensor, tensors: nn.Module) -> Tensor:
+        """Logits [B, classes] of the class tokens [B, K, C] behind the model's last norm."""
+        raise NotImplementedError
+
+    def check(self, site: Site) -> None:
+        if width(site) is None or is_last(site) is None:
+            raise ModelMismatchError(
+                f"{self.name}: the config of {site.path} has no hidden_size and num_hidden_layers, so neither the "
+                "width of a token nor the last layer is known"
+            )
+        if site.causal:
+            raise ModelMismatchError(
+                f"{self.name}: {site.path} is causal; tokens are added to bidirectional models only"
+            )
+
+    def check_model(self, model: Any, sites: list[Site]) -> list[str]:
+        if not takes_pixels(model):
+            raise ModelMismatchError(
+                f"{self.name}: {type(model).__name__} takes {getattr(model, 'main_input_name', None)!r}, not "
+                "pixel_values; patch the vision tower by itself"
+            )
+        return []
+
+
+def takes_pixels(model: Any) -> bool:
+    """Whether `model` is a vision model by itself."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
+
+
+def width(site: Site) -> int | None:
+    """C, from the config of the attention module."""
+    return getattr(getattr(site.module, "config", None), "hidden_size", None)
+
+
+def is_last(site: Site) -> bool | None:
+    """Whether a site is in the last layer of its model; None if its config does not say."""
+    layers = getattr(getattr(site.module, "config", None), "num_hidden_layers", None)
+    return None if layers is None else site.layer == layers - 1
+
+
+def owner(attention: nn.Module) -> tuple[SitePatch, AddsTokens] | None:
+    """The enabled patch of an attention module that adds tokens, with its options there; None: there is none."""
+    stacks = stacks_of(attention)
+    for patch in stacks[-1].site_patches() if stacks else []:
+        config = patch.variants[0][1]
+        if patch.entry.enabled and isinstance(config, AddsTokens):
+            return patch, config
+    return None
+
+
+def last_norm(model: nn.Module, path: str) -> nn.Module:
+    """The norm that follows the layers of the site at `path`: the first one behind them in the order of definition.
+
+    Raises:
+        ModelMismatchError: there is none of the width of a token.
+    """
+    layer, behind = layer_module(model, path), False
+    inside = {id(m) for m in layer.modules()}
+    for module in model.modules():
+        if id(module) in inside:
+            behind = True
+        elif behind and "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+            return module
+    raise ModelMismatchError(
+        f"{type(model).__name__} has no norm behind its layers, so class tokens cannot be read"
+    )
+
+
+class Added:
+    """Hooks of one layer (a class, so that deepcopy carries its context along)."""
+
+    def __init__(self, context: Context, model: nn.Module, path: str):
+        self.context, self.path, self.attention, self.count = context, path, model.get_submodule(path), 0
+
+    def before(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.count, found = 0, owner(self.attention)
+        if found is None:
+            return None
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        patch, config = found
+        tokens = config.added_tokens(patch, self.attention.training)
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != tokens.shape[-1]:
+            shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ModelMismatchError(
+                f"{config.name}: {type(layer).__name__} gets {shape}, expected tokens [B, N, {tokens.shape[-1]}]"
+            )
+        self.count = len(tokens)
+        hidden = _joined(tokens, hidden)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def after(self, layer: nn.Module, args: tuple, output: Any) -> Any:
+        found = owner(self.attention)
+        if not self.count or found is None:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        chosen = found[1].class_tokens(hidden, self.count) if answers(found[0]) else None
+        if chosen is not None:
+            self.context.scratch[CLASS_TOKENS] = chosen
+        hidden = hidden[:, self.count :]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+class Answers:
+    """Hooks of the model whose classes a patch knows (a class, so that deepcopy carries its context along)."""
+
+    def __init__(self, context: Context, model: nn.Module, path: str):
+        self.context, self.attention, self.norm = context, model.get_submodule(path), last_norm(model, path)
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        found = owner(self.attention)
+        if found is None or kwargs.get("labels") is None:
+            return None
+        self.context.scratch[LABELS] = kwargs["labels"]
+        return args, {k: v for k, v in kwargs.items() if k != "labels"}
+
+    def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        tokens, found = self.context.scratch.get(CLASS_TOKENS), owner(self.attention)
+        if tokens is None or found is None or not hasattr(output, "keys"):
+            return None
+        logits = found[1].class_logits(self.norm(tokens), found[0])
+        labels = self.context.scratch.get(LABELS)
+        output["logits"] = logits
+        if labels is not None:
+            output["loss"] = F.cross_entropy(logits.float(), labels.to(logits.device))
+        return output
+
+
+def install(context: Context, model: nn.Module, paths: list[str]) -> list[Any]:
+    """Hook the layers of the sites at `paths`, and the model where one of them answers for it; returns the handles."""
+    base, handles = base_model(model), []
+    for path in paths:
+        attention, layer = model.get_submodule(path), layer_module(model, path)
+        patches = [p for stack in stacks_of(attention) for p in stack.site_patches()]
+        if any(isinstance(p.variants[0][1], AddsTokens) for p in patches):
+            added = Added(context, model, path)
+            handles.append(layer.register_forward_pre_hook(added.before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(added.after))
+        if any(answers(p) for p in patches):
+            head = Answers(context, model, path)
+            handles.append(base.register_forward_pre_hook(head.before, with_kwargs=True))
+            # before the context's own hook, which ends the forward and adds auxiliary losses to the loss
+            handles.append(base.register_forward_hook(head.after, prepend=True))
+    return handles
+
+
+def _joined(tokens: Tensor, hidden: Tensor) -> Tensor:
+    return torch.cat([tokens.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], 1)
+
+
+def answers(patch: SitePatch) -> bool:
+    """Whether a site carries the weights of a class head (`CLASS_WEIGHT`): its layer is then the last."""
+    return isinstance(patch.variants[0][1], AddsTokens) and CLASS_WEIGHT in patch._parameters
+
+
+def drawn(seed: int, site: Site, number: int, *shape: int) -> Tensor:
+    """Uniform numbers in -1 … 1 that depend on seed, layer and `number` only; torch's generator is left alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + site.layer * 101 + number)
+    return 2 * torch.rand(shape, generator=generator) - 1
