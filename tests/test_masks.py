@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 import hf_attn_patch as hap
 from hf_attn_patch.call.mask import Mask, first_true
 from hf_attn_patch.errors import ModelMismatchError
-from hf_attn_patch.install import dispatch, stack
+from hf_attn_patch.install import dispatch, native, stack
 
 from .small import close, differ, inputs_of, model_of, output, refused
 
