@@ -32,7 +32,7 @@ _PUBLIC = {
     "register_patch": "registry",
     "Patch": "registry",
     "PatchError": "errors",
-    "aux_losses": "forward.needs.losses",
+    "aux_losses": "install.state",
     "attention_flow": "inspection.attention_flow",
     "capture": "inspection.capture",
     "two_stream": "decoding.processor",
@@ -68,11 +68,11 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .decoding.processor import two_stream
     from .errors import PatchError
-    from .forward.needs.losses import aux_losses
     from .inspection.attention_flow import attention_flow
     from .inspection.capture import capture
     from .install.handle import PatchHandle
     from .install.plan import plan
+    from .install.state import aux_losses
     from .model.sites import Site, find_sites
     from .registry import Patch, available, register_patch
 

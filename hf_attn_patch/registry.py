@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .call.program import Program
-    from .forward.context import Context
-    from .forward.needs.image_free import ImageFree
+    from .forward.running import Running
     from .install.stack import Call
     from .model.sites import Site
 
@@ -47,9 +46,10 @@ class Patch:
     Class attributes a method may set:
         paper, arxiv: source. parts: parts of a model where the method makes sense. default_part: part it takes when
         the user names none (None = every part in `parts` the model has).
-        needs: facts of the running forward (see `context.NEEDS`). exclusive: resources of a site that at most one
-        patch may take, e.g. {"operator"}. causal_only: refuse bidirectional sites. head_selectable: accepts
-        ``heads=``. frees_cache: has `spans`. trainable: has parameters with gradients.
+        needs: facts of the running forward (`forward.needs`; a property where they depend on options).
+        exclusive: resources of a site that at most one patch may take, e.g. {"operator"}. causal_only: refuse
+        bidirectional sites. head_selectable: accepts ``heads=``. frees_cache: has `spans`. trainable: has
+        parameters with gradients.
     """
 
     name: ClassVar[str] = ""
@@ -58,13 +58,12 @@ class Patch:
     arxiv: ClassVar[str] = ""
     parts: ClassVar[tuple[str, ...]] = ("text", "vision", "audio", "encoder", "decoder", "cross")
     default_part: ClassVar[str | None] = None
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[tuple[Any, ...]] = ()
     exclusive: ClassVar[frozenset[str]] = frozenset()
     causal_only: ClassVar[bool] = False
     head_selectable: ClassVar[bool] = True
     frees_cache: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
-    reorders_tokens: ClassVar[bool] = False
     without_site: ClassVar[str] = (
         ""  # what to do with a model that has no attention site (end of that refusal)
     )
@@ -91,15 +90,9 @@ class Patch:
         """Edit one attention call in place."""
         raise NotImplementedError
 
-    def spans(self, facts: dict[str, Any], context: Context | None) -> list[tuple[int, int]] | None:
+    def spans(self, facts: dict[str, Any], context: Running | None) -> list[tuple[int, int]] | None:
         """(sinks, window) per KV head that the cache must keep (window 0 = everything); None = all of them."""
         return None
-
-    def image_free(self) -> ImageFree:
-        """How the image-free pass runs for a patch that needs "image_free" (`hf_attn_patch.image_free`)."""
-        from .forward.needs.image_free import ImageFree
-
-        return ImageFree()
 
     @classmethod
     def neutral(cls, model: Any) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from hf_attn_patch.call.mask import Mask
 from hf_attn_patch.call.program import Program
 from hf_attn_patch.errors import CacheError, ConfigError, ModelMismatchError, PatchError
 from hf_attn_patch.forward.needs import image_free
+from hf_attn_patch.forward.running import current
 from hf_attn_patch.kernels import attention
 from hf_attn_patch.patches.grounding.vhr import choose_heads, divergence, outliers
 
@@ -195,7 +196,7 @@ def watched_pass(model, inputs, **options):
     passes = []
     with hap.patched(model, "vhr", **options):
         hook = lambda module, args, kwargs: (
-            passes.append(kwargs) if context_of(model).image_free_pass else None
+            passes.append(kwargs) if context_of(model).running().image_free_pass else None
         )
         handle = model.register_forward_pre_hook(hook, with_kwargs=True)
         cache = prefill(model, inputs)
@@ -281,7 +282,7 @@ def test_the_forward_goes_on_with_its_own_facts_after_it_and_after_an_error_in_i
             patching.setattr(image_free.Pass, "keep", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 output(llava, inputs)
-        assert context.image_free_pass is None and context._depth == 0 and context._forward == {}
+        assert current(context) is None and context._depth == 0
         assert torch.equal(output(llava, inputs), expected)
 
 
@@ -400,7 +401,7 @@ def test_the_choice_belongs_to_its_cache_and_follows_copies_and_beams(llava):
         beams = {"attention_mask": a["attention_mask"].repeat_interleave(3, 0)}
         close(decode(llava, beams, cache, step.repeat_interleave(3, 0)), alone[0].repeat_interleave(3, 0))
         memory = context_of(llava)
-        assert memory._forward == {} and memory.cache is None
+        assert current(memory) is None
 
 
 def test_a_reset_cache_chooses_anew(llava):

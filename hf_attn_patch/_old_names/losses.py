@@ -1,7 +1,6 @@
-"""`hf_attn_patch.losses` is `hf_attn_patch.forward.needs.losses`."""
+"""`hf_attn_patch.losses` is `hf_attn_patch.forward.needs.losses`; `aux_losses` is `hf_attn_patch.aux_losses`."""
 
-import sys
+from hf_attn_patch.forward.needs.losses import Losses
+from hf_attn_patch.install.state import aux_losses
 
-from hf_attn_patch.forward.needs import losses
-
-sys.modules[__name__] = losses
+__all__ = ["Losses", "aux_losses"]

@@ -245,7 +245,7 @@ def _plain(one: Any, model: Any, sample: Sample) -> Any:
 
 
 def _image_mass(model: Any, data: Any, progress: Progress) -> np.ndarray:
-    from ..forward.context import image_token_ids
+    from ..forward.needs.images import image_token_ids
 
     tokens = image_token_ids(model.config)
     if not tokens:

@@ -127,7 +127,7 @@ def encode(
     """One record of `records` for one model; arguments and errors as `samples`."""
     from PIL import Image
 
-    from ..forward.context import image_token_ids
+    from ..forward.needs.images import image_token_ids
 
     images = [Image.open(i).convert("RGB") if isinstance(i, Path) else i for i in row["image"]]
     made = processor(

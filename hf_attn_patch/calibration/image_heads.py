@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ModelMismatchError
-from ..forward.context import image_token_ids
+from ..forward.needs.images import image_token_ids
 from .calibrator import Calibration, CalibrationError, Calibrator, Progress, Work
 from .head_scores import head_set, last_rows
 from .image_data import ImageSample, samples

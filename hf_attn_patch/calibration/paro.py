@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..api import patched
 from ..call.program import Program
+from ..forward.needs import TokenGrid
 from ..kernels import reference
 from ..model.grids import Grid
 from ..model.sites import base_model
@@ -29,7 +30,7 @@ class LookAtGrid(Patch):
     name = "look_at_grid"
     parts = ("vision",)
     default_part = "vision"
-    needs = frozenset({"grid"})
+    needs = (TokenGrid(),)
 
     look: Any = field(default=None)
 

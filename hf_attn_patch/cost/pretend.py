@@ -23,6 +23,7 @@ class Forward:
     def __init__(self, model: Any, length: int, grid: tuple[int, ...] | None, image_tokens: int = 0):
         self.model, self.config = model, model.config
         self.grid, self.pixels, self.prompt_length, self.seen = grid, SeenGrid(grid), length, 0
+        self.first_prompt = length
         self.memory: dict[str, Any] = {}
         self.scratch: dict[Any, Any] = {}
         self.handed: dict[str, Any] = {}

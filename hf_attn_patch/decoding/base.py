@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import ConfigError, ModelMismatchError, RegistrationError, UnknownPatchError, did_you_mean
-from ..forward.context import image_token_ids
+from ..forward.needs.images import image_token_ids
 from ..model.sites import base_model
 from ..registry import Patch, option
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PatchError
-from ..forward.context import image_token_ids
 from ..forward.needs import image_free
+from ..forward.needs.images import image_token_ids
 
 
 def image_columns(config: Any, ids: Tensor) -> Tensor:

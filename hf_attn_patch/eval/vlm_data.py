@@ -256,7 +256,7 @@ def left_padding(processor: Any) -> Iterator[None]:
 
 def require_image_text_model(task: str, model: Any, processor: Any) -> None:
     """Raises ValueError unless `model` says text about images and `processor` makes its inputs."""
-    from ..forward.context import image_token_ids
+    from ..forward.needs.images import image_token_ids
 
     if model.get_output_embeddings() is None or not model.can_generate():
         raise ValueError(
@@ -280,7 +280,7 @@ def _require_image_tokens(model: Any, ids: Any, texts: Sequence[str]) -> None:
     """A prompt whose image got lost would be answered from the text alone, and some models say nothing about it."""
     import torch
 
-    from ..forward.context import image_token_ids
+    from ..forward.needs.images import image_token_ids
 
     placeholders = image_token_ids(model.config)
     if not placeholders:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..call.mask import first_true
 from ..call.program import MassEdit, Program
 from ..errors import ConfigError, PatchError
+from ..forward.needs import ImageKeys, PromptLength
 from ..registry import Patch
 from .calls import probabilities
 
@@ -207,7 +208,7 @@ class CaptureStatistics(Patch):
     name = "capture_statistics"
     parts = ("text", "decoder")
     default_part = "text"
-    needs = frozenset({"prompt", "image_keys"})
+    needs = (PromptLength(), ImageKeys())
 
     table: Any = None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatchError
-from ..forward.context import image_token_ids
+from ..forward.needs.images import image_token_ids
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..call.mask import Mask
-from ..forward.context import FACTS
+from ..forward.checkpointing import FACTS
 from .names import CHILD, EAGER_NAME, NAME
 from .native import native_attention
 

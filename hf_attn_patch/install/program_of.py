@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..call.mask import Mask
 from ..call.program import Program
 from ..errors import ModelMismatchError
+from ..forward.running import Running
 from .names import CHILD
 from .native import check_length
 
@@ -45,8 +46,8 @@ def make_program(
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     mask = Mask.of(attention_mask, query, key, causal=causal)
     check_length(module, mask, key)
-    context = getattr(module._modules.get(CHILD), "context", None)
-    seen = context.seen if context is not None and causal else None
+    running = running_of(module)
+    seen = running.seen if running is not None and causal else None
     if mask.given is not None and seen is not None and seen + mask.q_len < mask.kv_len:
         mask.q_offset = (
             seen  # a static cache is longer than what was seen, and a given mask does not say where we are
@@ -71,9 +72,14 @@ def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """True if this forward was asked for attention probabilities."""
     asked = kwargs.get("output_attentions")
     if asked is None:
-        stack = module._modules.get(CHILD)
-        context = getattr(stack, "context", None)
-        asked = context.output_attentions if context is not None else None
+        running = running_of(module)
+        asked = None if running is None else running.output_attentions
     if asked is None:
         asked = getattr(getattr(module, "config", None), "output_attentions", False)
     return bool(asked)
+
+
+def running_of(module: nn.Module) -> Running | None:
+    """The running forward of the model whose attention module this is."""
+    context = getattr(module._modules.get(CHILD), "context", None)
+    return None if context is None else context.running()

@@ -2,57 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from ..cache import SpanLayer, convertible, first_real
-from ..forward.context import Context, refuse_filled
-from .stack import SitePatch, stacks_of
-from .state import State
+from ..errors import CacheError
+from ..forward.needs.base import Given, Need, needs_of
+from ..forward.needs.prompt import SAY_IT
+from ..forward.running import Running
+from .stack import SitePatch, running_stack, stacks_of
+
+if TYPE_CHECKING:
+    from .state import State
 
 
-class _Spans:
-    """Swaps the layers of an empty KV cache for per-KV-head spans (a class so that deepcopy carries it along)."""
+@dataclass(frozen=True, eq=False)
+class SpanCache(Need):
+    """KV cache layers with a span per KV head, for the patches of `state` that free what they never read again."""
 
-    def __init__(self, state: State, model: nn.Module):
-        self.state, self.model = state, model
+    says: ClassVar[str] = "KV cache layers with a span per KV head"
+    order: ClassVar[int] = 8
+    carried: ClassVar[bool] = False
 
-    def wanted(self, context: Context) -> dict[int, list[tuple[int, int]]]:
+    state: State
+
+    def prepares(self, running: Running, given: Given) -> None:
+        """Make the cache that the model would make, so that its layers can be swapped before they are filled."""
+        if not given.has_cache or given.get("past_key_values") is not None or not _makes_cache(given):
+            return
+        from transformers import DynamicCache
+
+        given.replace("past_key_values", DynamicCache(config=given.module.config))
+
+    def begins(self, running: Running, given: Given) -> None:
+        cache = given.get("past_key_values")
+        if not given.has_cache or cache is None:
+            return
+        key = (
+            tuple(e.enabled for e in self.state.entries),
+            running.first_prompt,
+            id(running.override) if running.override else 0,
+        )
+        memory = running.memory
+        if running.seen and memory.get("spans") == key and not memory.get("spans waiting"):
+            return  # nothing that spans depend on has changed since the last token
+        wanted = self.wanted(running)
+        if wanted:
+            memory["spans waiting"] = self._convert(cache, wanted, running, given.get("attention_mask"))
+        memory["spans"] = key
+
+    def wanted(self, running: Running) -> dict[int, list[tuple[int, int]]]:
         """Cache layer -> (sinks, window) per KV head, from the enabled patches."""
         found: dict[int, list[tuple[int, int]]] = {}
+        model = running.context.model
         paths = [p for e in self.state.entries if e.enabled and e.cache == "auto" for p in e.paths]
         for path in dict.fromkeys(paths):
-            module = self.model.get_submodule(path)
+            module = model.get_submodule(path)
             layer = getattr(module, "layer_idx", None)
-            stack = stacks_of(module)[0]
             if not isinstance(layer, int):
                 continue
-            for patch in stack.site_patches():
+            for patch in running_stack(module).site_patches():
                 if not (patch.entry.enabled and patch.entry.cache == "auto" and patch.facts["causal"]):
                     continue
-                spans = spans_of(patch, context)
-                if spans is None:
-                    continue
-                found[layer] = tighter(found.get(layer), spans)
+                spans = spans_of(patch, running)
+                if spans is not None:
+                    found[layer] = tighter(found.get(layer), spans)
         return {k: v for k, v in found.items() if any(window for _, window in v)}
 
-    def __call__(self, cache: Any, context: Context, attention_mask: Any) -> None:
-        wanted = self.wanted(context)
-        if not wanted:
-            return
+    def _convert(
+        self, cache: Any, wanted: dict[int, list[tuple[int, int]]], running: Running, attention_mask: Any
+    ) -> bool:
+        """Swap layers; returns whether a row has seen nothing but padding, so that its sinks may still move."""
         seen = int(cache.get_seq_length())
         inner, problem = convertible(cache, list(wanted))
         if problem is not None:
             self.state.cache_note = f"cache kept as it is: {problem}"
-            return
+            return False
         start: Tensor | None = None
+        waiting = False
         for layer, spans in wanted.items():
             current = inner.layers[layer]
             if isinstance(current, SpanLayer):
                 if seen and current.spans != spans:
-                    raise refuse_filled(cache, repr(current))
+                    raise _other_spans(cache, current, running)
                 if not seen:
                     inner.layers[layer] = current = SpanLayer(spans)
             elif type(current) is not DynamicLayer:
@@ -66,9 +101,37 @@ class _Spans:
                 start = first_real(attention_mask) if start is None else start
                 if start is not None:  # an inner model may get no mask; the outer one has told already
                     current.set_start(start)
+                waiting = True
+        return waiting
 
 
-def spans_of(patch: SitePatch, context: Context | None) -> list[tuple[int, int]] | None:
+def _makes_cache(given: Given) -> bool:
+    config = given.module.config
+    use = given.get("use_cache")
+    if use is None:
+        use = getattr(config.get_text_config(), "use_cache", False)
+    return bool(use) and not given.module.training and not getattr(config, "is_encoder_decoder", False)
+
+
+def refuse_filled(cache: Any, kind: str) -> CacheError:
+    """Error for a cache that holds tokens from before the patch."""
+    return CacheError(
+        f"the cache already holds {cache.get_seq_length()} tokens in {kind} layers that were filled without this "
+        "patch. Start with a fresh cache; or patch with cache='keep', which reads only the patch's keys but frees "
+        "no memory and accepts any cache"
+    )
+
+
+def _other_spans(cache: Any, layer: SpanLayer, running: Running) -> CacheError:
+    if running.memory.parts > 1:
+        return CacheError(
+            f"the prompt came in parts ({cache.get_seq_length()} tokens before this one), the spans of this patch grow "
+            f"with its length, and what earlier parts dropped cannot come back. {SAY_IT}"
+        )
+    return refuse_filled(cache, repr(layer))
+
+
+def spans_of(patch: SitePatch, context: Running | None) -> list[tuple[int, int]] | None:
     """(sinks, window) per KV head that all variants of a site patch need; window 0 keeps everything."""
     heads, kv = patch.facts["num_heads"], patch.facts["num_kv_heads"]
     if not heads or not kv:
@@ -97,16 +160,36 @@ def tighter(a: list[tuple[int, int]] | None, b: list[tuple[int, int]]) -> list[t
 
 
 def reinstall_hooks(state: State, model: nn.Module) -> None:
-    """Hooks for what the active entries need, and nothing when they need nothing."""
-    needs: set[str] = set()
+    """Hooks for what the active entries need."""
+    needs: dict[Need, list[str]] = {}
     paths: list[str] = []
+    freeing: list[str] = []
     for entry in state.entries:
-        wants = set(entry.config.needs)
+        for path in entry.paths:
+            configs = [c for _, c in _patch_of(model, path, entry.key).variants]
+            for need in dict.fromkeys(need for config in configs for need in needs_of(config)):
+                needs.setdefault(need, []).append(path)
+            paths.append(path)
         if entry.config.frees_cache and entry.cache == "auto":
-            wants.add("cache")
-        needs |= wants
-        if wants:
-            paths += [p for p in entry.paths if p not in paths]
+            freeing += entry.paths
+    if freeing:
+        needs[SpanCache(state)] = list(dict.fromkeys(freeing))
     state.context.remove()
-    if needs:
-        state.context.install(model, needs, paths, _Spans(state, model))
+    if paths:
+        needs = {need: list(dict.fromkeys(where)) for need, where in needs.items()}
+        state.context.install(needs, list(dict.fromkeys(paths)), PatchesAt(model))
+
+
+def _patch_of(model: nn.Module, path: str, key: str) -> SitePatch:
+    return next(s.patches[key] for s in stacks_of(model.get_submodule(path)) if key in s.patches)  # type: ignore[return-value]
+
+
+class PatchesAt:
+    """path -> patches of the stack that runs there (a class so that deepcopy carries its model along)."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, path: str) -> list[SitePatch]:
+        module = self.model.get_submodule(path)
+        return running_stack(module).site_patches() if stacks_of(module) else []

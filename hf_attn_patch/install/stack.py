@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..call.program import Program, same_state
 from ..call.ragged import RaggedKV
 from ..errors import ModelMismatchError
-from ..forward.context import FACTS, in_backward
+from ..forward.checkpointing import FACTS, in_backward
 from ..kernels import Result, attention
 from ..model.sites import Site
 from .dispatch import live, register
@@ -19,6 +19,7 @@ from .program_of import make_program
 
 if TYPE_CHECKING:
     from ..forward.context import Context
+    from ..forward.running import Running
     from ..registry import Patch
 
 
@@ -78,7 +79,7 @@ class Call:
     """
 
     def __init__(
-        self, patch: SitePatch, variant: int, context: Context | None, causal: bool, training: bool = False
+        self, patch: SitePatch, variant: int, context: Running | None, causal: bool, training: bool = False
     ):
         self.layer, self.path, self.part = patch.layer, patch.path, patch.part
         self.heads, self.tensors = patch.variants[variant][0], patch.holder(variant)
@@ -133,10 +134,26 @@ class PatchStack(nn.Module):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Run one attention call of `module`; same contract as a transformers attention function."""
-        facts = kwargs.pop(FACTS, None)
-        if self.context is not None:
-            self.context.recall(facts, next((p.path for p in self.site_patches()), ""))
-        aside = None if self.context is None else self.context.image_free_pass
+        kwargs.pop(FACTS, None)
+        running = None if self.context is None else self.context.running()
+        try:
+            return self._run(running, module, query, key, value, attention_mask, kwargs)
+        finally:
+            if running is not None and running.layers:
+                for patch in self.site_patches():
+                    running.release(patch.path)
+
+    def _run(
+        self,
+        running: Running | None,
+        module: nn.Module,
+        query: Tensor,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        aside = None if running is None else running.image_free_pass
         active = [p for p in self.site_patches() if p.entry.enabled and (aside is None or aside.runs(p))]
         if isinstance(key, RaggedKV) and not any(p.frees_cache for p in active):
             raise evicted(key)
@@ -149,7 +166,7 @@ class PatchStack(nn.Module):
         before = program.state()
         for patch in active:
             for variant, (_, config) in enumerate(patch.variants):
-                config.edit(program, Call(patch, variant, self.context, program.mask.causal, module.training))
+                config.edit(program, Call(patch, variant, running, program.mask.causal, module.training))
         if program.rules and program.mask.packed:
             raise ModelMismatchError(
                 f"{active[0].entry.config.name}: this batch packs several sequences into one row (position ids "
@@ -200,3 +217,19 @@ def stacks_of(module: nn.Module) -> list[PatchStack]:
     """The stack of a site; more than one where PEFT has wrapped and copied it (the original comes first)."""
     child = module._modules.get(CHILD)
     return [] if child is None else [m for m in child.modules() if isinstance(m, PatchStack)]
+
+
+def running_stack(module: nn.Module) -> PatchStack:
+    """The stack of a patched site that its next call goes through: where PEFT has wrapped it (``modules_to_save``), the
+    copy of the active adapter."""
+    child: Any = module._modules[CHILD]
+    copies = getattr(child, "modules_to_save", None)
+    if copies is not None and not isinstance(child, PatchStack):
+        chosen = getattr(child, "active_adapter", None)
+        chosen = chosen[0] if isinstance(chosen, (list, tuple)) and chosen else chosen
+        if not getattr(child, "disable_adapters", False) and chosen in copies:
+            child = copies[chosen]
+        else:
+            child = child.original_module
+    assert isinstance(child, PatchStack)
+    return child

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import registry
+from ..errors import PatchError
 from ..forward.context import Context, copy_with_model
 from ..model.sites import base_model
 from .names import STATE
@@ -45,3 +46,21 @@ class State:
 def get_state(model: nn.Module) -> State | None:
     """The patch state of the transformers model inside `model`, or None."""
     return base_model(model).__dict__.get(STATE)
+
+
+def aux_losses(model: nn.Module, weighted: bool = False) -> dict[str, Tensor]:
+    """Auxiliary losses of the last forward of `model` in training mode, ``{"moh.balance": 0-d tensor}``.
+
+    Each is a mean over sites and still has its graph: a loop that computes its own loss (and gives the model no labels)
+    adds ``sum(hap.aux_losses(model, weighted=True).values())``. A forward with labels has added them already.
+
+    Args:
+        weighted: multiply by the weights of the patches, as the added sum does.
+
+    Raises:
+        PatchError: nothing is patched.
+    """
+    state = get_state(model)
+    if state is None:
+        raise PatchError("aux_losses needs a patched model; call hap.patch first")
+    return state.context.losses.means(weighted)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ModelMismatchError
+from ..forward.needs import Need, TokenGrid
 from ..forward.needs.grid import SeenGrid
 from ..model.grids import Grid, configured_grid
 from ..registry import Patch
@@ -98,7 +99,7 @@ class GridPatch(Patch):
 
     parts = ("vision",)
     default_part = "vision"
-    needs = frozenset({"grid"})
+    needs: ClassVar[tuple[Need, ...]] = (TokenGrid(),)
     exclusive = frozenset({"token order"})
 
     def rule(self, grid: Grid, prefix: int) -> Rule:

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from ..api import active
 from ..errors import PatchError
-from ..forward.needs.losses import aux_losses
+from ..install.state import aux_losses
 from .checks import broken_gradient, check_trainable, nan_guard
 
 

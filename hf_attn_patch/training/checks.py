@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..api import active
 from ..errors import PatchError
-from ..forward.context import in_backward
-from ..forward.needs.losses import aux_losses
+from ..forward.checkpointing import in_backward
 from ..install.names import CHILD
 from ..install.stack import stacks_of
+from ..install.state import aux_losses
 from ..model.sites import base_model, find_sites
 
 

@@ -136,7 +136,7 @@ def columns_of(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
 
 def media_end(inputs: dict[str, Any], model: Any) -> int:
     """First column behind every image token (prefills must not cut an image)."""
-    from hf_attn_patch.forward.context import image_token_ids
+    from hf_attn_patch.forward.needs.images import image_token_ids
 
     ids = inputs["input_ids"]
     found = torch.zeros_like(ids, dtype=torch.bool)

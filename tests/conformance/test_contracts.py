@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import hf_attn_patch as hap
 from hf_attn_patch import registry
-from hf_attn_patch.forward.context import image_token_ids
+from hf_attn_patch.forward.needs.images import image_token_ids
 from hf_attn_patch.install import dispatch, stack
 
 from .families import (

@@ -10,16 +10,16 @@ model's own head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ModelMismatchError
-from ...install.stack import SitePatch, stacks_of
 from ...model.sites import Site, base_model, layer_module
 from ...registry import Patch
+from .base import Hooks, Need
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -28,12 +28,30 @@ CLASS_TOKENS, LABELS = "class_tokens", "class_labels"  # in the scratch space of
 CLASS_WEIGHT = "class_weight"  # parameter of a patch in the last layer that answers for the model
 
 
+@dataclass(frozen=True)
+class AddedTokens(Need):
+    says = "tokens of the patch in front of those of the layer"
+
+    def install(self, hooks: Hooks) -> None:
+        for path in hooks.paths:
+            layer, patches = layer_module(hooks.model, path), hooks.patches_at(path)
+            if any(isinstance(p.variants[0][1], AddsTokens) for p in patches):
+                added = Added(hooks.context, path)
+                hooks.before(layer, added.before)
+                hooks.after(layer, added.after)
+            if any(answers(p) for p in patches):
+                base, head = base_model(hooks.model), Answers(hooks.context, hooks.model, path)
+                hooks.before(base, head.before)
+                # before the context's own hook, which ends the forward and adds auxiliary losses to the loss
+                hooks.after(base, head.after, prepend=True)
+
+
 @dataclass
 class AddsTokens(Patch):
     """Base of methods that add tokens to a layer of a vision model."""
 
     parts = ("vision",)
-    needs = frozenset({"added_tokens"})
+    needs: ClassVar[tuple[Need, ...]] = (AddedTokens(),)
     exclusive = frozenset({"added tokens"})
     head_selectable = False
     trainable = True
@@ -86,10 +104,9 @@ def is_last(site: Site) -> bool | None:
     return None if layers is None else site.layer == layers - 1
 
 
-def owner(attention: nn.Module) -> tuple[SitePatch, AddsTokens] | None:
-    """The enabled patch of an attention module that adds tokens, with its options there; None: there is none."""
-    stacks = stacks_of(attention)
-    for patch in stacks[-1].site_patches() if stacks else []:
+def owner(context: Context, path: str) -> tuple[Any, AddsTokens] | None:
+    """The enabled patch of the site at `path` that adds tokens, with its options there; None: there is none."""
+    for patch in context.patches_at(path):
         config = patch.variants[0][1]
         if patch.entry.enabled and isinstance(config, AddsTokens):
             return patch, config
@@ -117,34 +134,35 @@ def last_norm(model: nn.Module, path: str) -> nn.Module:
 class Added:
     """Hooks of one layer (a class, so that deepcopy carries its context along)."""
 
-    def __init__(self, context: Context, model: nn.Module, path: str):
-        self.context, self.path, self.attention, self.count = context, path, model.get_submodule(path), 0
+    def __init__(self, context: Context, path: str):
+        self.context, self.path = context, path
 
     def before(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        self.count, found = 0, owner(self.attention)
+        found = owner(self.context, self.path)
         if found is None:
             return None
         hidden = args[0] if args else kwargs.get("hidden_states")
         patch, config = found
-        tokens = config.added_tokens(patch, self.attention.training)
+        tokens = config.added_tokens(patch, self.context.model.get_submodule(self.path).training)
         if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != tokens.shape[-1]:
             shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ModelMismatchError(
                 f"{config.name}: {type(layer).__name__} gets {shape}, expected tokens [B, N, {tokens.shape[-1]}]"
             )
-        self.count = len(tokens)
+        self.context.running().layers.setdefault(self.path, {})["added"] = tokens
         hidden = _joined(tokens, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def after(self, layer: nn.Module, args: tuple, output: Any) -> Any:
-        found = owner(self.attention)
-        if not self.count or found is None:
+        found, running = owner(self.context, self.path), self.context.running()
+        tokens = running.layers.get(self.path, {}).pop("added", None)
+        if tokens is None or found is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        chosen = found[1].class_tokens(hidden, self.count) if answers(found[0]) else None
+        chosen = found[1].class_tokens(hidden, len(tokens)) if answers(found[0]) else None
         if chosen is not None:
-            self.context.scratch[CLASS_TOKENS] = chosen
-        hidden = hidden[:, self.count :]
+            running.scratch[CLASS_TOKENS] = chosen
+        hidden = hidden[:, len(tokens) :]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -152,50 +170,31 @@ class Answers:
     """Hooks of the model whose classes a patch knows (a class, so that deepcopy carries its context along)."""
 
     def __init__(self, context: Context, model: nn.Module, path: str):
-        self.context, self.attention, self.norm = context, model.get_submodule(path), last_norm(model, path)
+        self.context, self.path, self.norm = context, path, last_norm(model, path)
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        found = owner(self.attention)
-        if found is None or kwargs.get("labels") is None:
+        if owner(self.context, self.path) is None or kwargs.get("labels") is None:
             return None
-        self.context.scratch[LABELS] = kwargs["labels"]
+        self.context.running().scratch[LABELS] = kwargs["labels"]
         return args, {k: v for k, v in kwargs.items() if k != "labels"}
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        tokens, found = self.context.scratch.get(CLASS_TOKENS), owner(self.attention)
+        scratch, found = self.context.running().scratch, owner(self.context, self.path)
+        tokens, labels = scratch.get(CLASS_TOKENS), scratch.get(LABELS)
         if tokens is None or found is None or not hasattr(output, "keys"):
             return None
         logits = found[1].class_logits(self.norm(tokens), found[0])
-        labels = self.context.scratch.get(LABELS)
         output["logits"] = logits
         if labels is not None:
             output["loss"] = F.cross_entropy(logits.float(), labels.to(logits.device))
         return output
 
 
-def install(context: Context, model: nn.Module, paths: list[str]) -> list[Any]:
-    """Hook the layers of the sites at `paths`, and the model where one of them answers for it; returns the handles."""
-    base, handles = base_model(model), []
-    for path in paths:
-        attention, layer = model.get_submodule(path), layer_module(model, path)
-        patches = [p for stack in stacks_of(attention) for p in stack.site_patches()]
-        if any(isinstance(p.variants[0][1], AddsTokens) for p in patches):
-            added = Added(context, model, path)
-            handles.append(layer.register_forward_pre_hook(added.before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(added.after))
-        if any(answers(p) for p in patches):
-            head = Answers(context, model, path)
-            handles.append(base.register_forward_pre_hook(head.before, with_kwargs=True))
-            # before the context's own hook, which ends the forward and adds auxiliary losses to the loss
-            handles.append(base.register_forward_hook(head.after, prepend=True))
-    return handles
-
-
 def _joined(tokens: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat([tokens.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], 1)
 
 
-def answers(patch: SitePatch) -> bool:
+def answers(patch: Any) -> bool:
     """Whether a site carries the weights of a class head (`CLASS_WEIGHT`): its layer is then the last."""
     return isinstance(patch.variants[0][1], AddsTokens) and CLASS_WEIGHT in patch._parameters
 

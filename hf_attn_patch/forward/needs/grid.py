@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from .base import Given, Need
+
+if TYPE_CHECKING:
+    from ..running import Running
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,12 @@ def _flattened(pixels: Tensor, shapes: Tensor) -> SeenGrid:
             ordered=False,
         )
     return SeenGrid(found[0], pixels.shape[0])
+
+
+@dataclass(frozen=True)
+class TokenGrid(Need):
+    says = "patch grid of the image or video (from pixel_values)"
+
+    def begins(self, running: Running, given: Given) -> None:
+        config = getattr(given.module, "config", None)
+        running.pixels = seen_grid(given.arguments, given.names, config) or running.pixels

@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...call.mask import Mask, first_true
 from ...errors import ModelMismatchError, PatchError
+from ..conversation import keep_rows, of_rows
+from ..generating import generating
+from .base import Given, Need, needs_of, wants
+from .images import ImageKeys, image_token_ids
 
 if TYPE_CHECKING:
-    from ...install.stack import SitePatch
     from ..context import Context
+    from ..conversation import Conversation
+    from ..running import Running
 
 INPUTS = "image-free inputs"  # in the scratch space of a forward: what its joint passes run on
 ROWS = "image-free rows"  # in the memory: where the prompt of each row ends, and whether it has an image
@@ -34,7 +39,7 @@ WRAPPERS = (
 
 
 @dataclass(frozen=True)
-class ImageFree:
+class ImageFreePass(Need):
     """How an image-free pass runs.
 
     branch: ``reference`` runs the model as if nothing were patched, once. ``joint`` runs it with its patches (those
@@ -43,49 +48,75 @@ class ImageFree:
     wrappers: ids that are taken out with the image tokens, besides those the config names.
     """
 
+    says: ClassVar[str] = (
+        "head outputs of the same prompt without its images (one more forward per conversation)"
+    )
+    order: ClassVar[int] = 5
+
     branch: Literal["reference", "joint"] = "reference"
     wrappers: tuple[int, ...] = ()
+
+    def begins(self, running: Running, given: Given) -> None:
+        if not given.outermost or running.image_free_pass is not None or running.seen != 0:
+            return
+        ids = given.ids
+        first = next(need for need in running.context.needs if isinstance(need, ImageFreePass))
+        if first is self and isinstance(ids, Tensor) and "input_ids" in given:
+            begin(running, given, ids)
+
+
+ImageFree = ImageFreePass  # its name in version 0.1
 
 
 class Pass:
     """One running image-free pass. memory: that of the real forward. only: the site it is for (None = all)."""
 
-    def __init__(self, how: ImageFree, memory: dict[str, Any], only: str | None = None):
+    def __init__(self, how: ImageFreePass, memory: Conversation, only: str | None = None):
         self.how, self.memory, self.only = how, memory, only
         self.kept: dict[str, Tensor] = {}
 
-    def runs(self, patch: SitePatch) -> bool:
-        """Whether `patch` edits this pass."""
-        needs = patch.entry.config.needs
-        return self.how.branch == "joint" and ("image_free" in needs or "image_keys" not in needs)
+    def runs(self, patch: Any) -> bool:
+        """Whether `patch` (of a site) edits this pass."""
+        config = patch.entry.config
+        return self.how.branch == "joint" and (wants(config, ImageFreePass) or not wants(config, ImageKeys))
 
-    def keep(self, patches: list[SitePatch], output: Tensor) -> None:
+    def keep(self, patches: list[Any], output: Tensor) -> None:
         """Keep the last row of `output` [B, L, H, Dv] of a site if one of its patches wants it."""
         for patch in patches:
             if self.only in (None, patch.path) and self.how in _wishes(patch):
                 self.kept[patch.path] = output[:, -1].detach().clone()
 
 
-def _wishes(patch: SitePatch) -> list[ImageFree]:
+def _wishes(patch: Any) -> list[ImageFreePass]:
     if not patch.entry.enabled:
         return []
-    return [config.image_free() for _, config in patch.variants if "image_free" in config.needs]
+    return [n for _, config in patch.variants for n in needs_of(config) if isinstance(n, ImageFreePass)]
 
 
-def begin(context: Context, module: nn.Module, given: dict[str, Any], ids: Tensor) -> None:
-    """Called by the outermost `module` of a forward that begins a conversation, with its arguments `given`.
+def _all_wishes(context: Context) -> list[ImageFreePass]:
+    paths = [p for need, where in context.needs.items() if isinstance(need, ImageFreePass) for p in where]
+    wishes = [
+        wish for path in dict.fromkeys(paths) for patch in context.patches_at(path) for wish in _wishes(patch)
+    ]
+    return list(dict.fromkeys(wishes))
+
+
+def begin(running: Running, given: Given, ids: Tensor) -> None:
+    """Called by the outermost model of a forward that begins a conversation, with its arguments `given`.
 
     ids: int64 [B, L]. Does nothing where no enabled patch asks, no row has an image, or the prompt goes on after
-    this forward (`hap.prompt` says it is longer).
+    this forward (`hap.prompt` says it is longer); where ``generate`` reads the prompt in parts, the whole prompt is
+    read once beforehand, so that what is chosen is chosen as if it had come at once.
 
     Raises:
         PatchError: a row holds image tokens only, or the attention mask is not [B, L].
     """
-    from ..context import site_patches
-
-    wishes = {wish: None for patch in site_patches(context.model) for wish in _wishes(patch)}
-    length, image = context.prompt_length, context.image_keys
-    if not wishes or length is None or length > ids.shape[1] or image is None or "input_ids" not in given:
+    wishes = _all_wishes(running.context)
+    length, image = running.prompt_length, running.image_keys
+    if wishes and length is not None and length > ids.shape[1] and "length" not in running.override:
+        _look_ahead(running, given)
+        return
+    if not wishes or length is None or length > ids.shape[1] or image is None:
         return
     real = _real_tokens(given.get("attention_mask"), ids)[:, :length]
     image = torch.nn.functional.pad(image, (0, max(length - image.shape[1], 0)))[:, :length]
@@ -94,39 +125,63 @@ def begin(context: Context, module: nn.Module, given: dict[str, Any], ids: Tenso
     if not bool(has.any()):
         return
     last = torch.where(real, torch.arange(length, device=ids.device), 0).amax(1)
-    context.memory[ROWS] = {"last": last, "has": has}
+    keep_rows(running.memory, ROWS, {"last": last, "has": has})
     for how in wishes:
-        inputs = text_inputs(module, given, ids[:, :length], image, real, how.wrappers)
+        inputs = text_inputs(given.module, given.arguments, ids[:, :length], image, real, how.wrappers)
         if how.branch == "reference":
-            found = run(context, module, inputs, how)
-            context.memory.update({_key(how, path): output for path, output in found.items()})
+            found = run(running, given.module, inputs, how)
+            _keep(running, how, found)
         else:
-            context.scratch.setdefault(INPUTS, {})[how] = (module, inputs)
+            running.scratch.setdefault(INPUTS, {})[how] = (given.module, inputs)
 
 
-def output_at(context: Context, path: str, how: ImageFree, batch: int | None = None) -> Tensor:
-    """See `Context.image_free`."""
-    key = _key(how, path)
-    if key not in context.memory and how in context.scratch.get(INPUTS, {}):
-        module, inputs = context.scratch[INPUTS][how]
-        found = run(context, module, inputs, how, path)
-        context.memory.update({_key(how, where): output for where, output in found.items()})
-    output = context.memory.get(key)
+def _look_ahead(running: Running, given: Given) -> None:
+    """Read the whole prompt of the running ``generate`` once without a cache; what was chosen for it is kept."""
+    prompt = generating(running.context)
+    if prompt is None:
+        return
+    inputs: dict[str, Any] = {
+        name: value
+        for name, value in prompt.inputs.items()
+        if name in given.names and name not in ("past_key_values", "use_cache") and isinstance(value, Tensor)
+    }
+    if "logits_to_keep" in given.names:
+        inputs["logits_to_keep"] = 1
+    with running.context.aside(None, {"length": prompt.length}) as inner, torch.no_grad():
+        given.module(**inputs, use_cache=False)
+        found = inner.memory
+    found.pop("image_keys", None)
+    running.memory.update(found)
+    running.memory.of_the_rows |= found.of_the_rows
+
+
+def output_at(running: Running, path: str, how: ImageFreePass, batch: int | None = None) -> Tensor:
+    """See `Running.image_free`."""
+    key, memory = _key(how, path), running.memory
+    if key not in memory and how in running.scratch.get(INPUTS, {}):
+        module, inputs = running.scratch[INPUTS][how]
+        found = run(running, module, inputs, how, path)
+        _keep(running, how, found)
+    output = memory.get(key)
     if output is None:
         raise PatchError(
             f"there was no image-free pass for {path}: it runs in front of the first forward of a conversation, and "
             "needs input_ids with image tokens. Start with a fresh cache, and pass input_ids"
         )
-    if batch is not None and batch != len(output):
-        output = output.repeat_interleave(batch // len(output), 0)
-    return output
+    return output if batch is None else of_rows(memory, key, batch)
+
+
+def _keep(running: Running, how: ImageFreePass, found: dict[str, Tensor]) -> None:
+    for path, output in found.items():
+        keep_rows(running.memory, _key(how, path), output)
 
 
 def run(
-    context: Context, module: nn.Module, inputs: dict[str, Any], how: ImageFree, only: str | None = None
+    running: Running, module: nn.Module, inputs: dict[str, Any], how: ImageFreePass, only: str | None = None
 ) -> dict[str, Tensor]:
     """Run `module` on `inputs` without gradients; returns path -> output of the heads there, [B, H, Dv]."""
-    with context.aside(Pass(how, context.memory, only)) as one, torch.no_grad():
+    one = Pass(how, running.memory, only)
+    with running.context.aside(one), torch.no_grad():
         module(**inputs)
     return one.kept
 
@@ -152,8 +207,6 @@ def text_inputs(
     Raises:
         PatchError: a row without anything but images.
     """
-    from ..context import image_token_ids
-
     config = getattr(module, "config", None)
     around = {*wrapper_ids(config), *wrappers}
     drop = image | torch.isin(ids, torch.tensor(sorted(around), dtype=ids.dtype, device=ids.device))

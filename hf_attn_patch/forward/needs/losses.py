@@ -7,12 +7,17 @@ Trainer, DDP or a plain loop train on it without knowing. `aux_losses` gives the
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PatchError
+from .base import Given, Need
+
+if TYPE_CHECKING:
+    from ..running import Running
 
 
 class Losses:
@@ -80,21 +85,15 @@ class Losses:
         return output
 
 
-def aux_losses(model: nn.Module, weighted: bool = False) -> dict[str, Tensor]:
-    """Auxiliary losses of the last forward of `model` in training mode, ``{"moh.balance": 0-d tensor}``.
+@dataclass(frozen=True)
+class AuxiliaryLosses(Need):
+    says = "auxiliary losses, added to the loss of a forward in training mode"
+    carried = False
+    order = 9
 
-    Each is a mean over sites and still has its graph: a loop that computes its own loss (and gives the model no labels)
-    adds ``sum(hap.aux_losses(model, weighted=True).values())``. A forward with labels has added them already.
+    def begins(self, running: Running, given: Given) -> None:
+        if given.outermost:
+            running.losses = running.context.losses = Losses(given.arguments)
 
-    Args:
-        weighted: multiply by the weights of the patches, as the added sum does.
-
-    Raises:
-        PatchError: nothing is patched.
-    """
-    from ...install.state import get_state
-
-    state = get_state(model)
-    if state is None:
-        raise PatchError("aux_losses needs a patched model; call hap.patch first")
-    return state.context.losses.means(weighted)
+    def ends(self, running: Running, module: nn.Module, output: Any) -> Any:
+        return running.losses.added_to(output)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...call.program import MassEdit, MassTransfer
-from ...forward.context import image_token_ids
+from ...forward.needs import ImageKeys, PromptLength
+from ...forward.needs.images import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 
@@ -47,7 +48,7 @@ class AttentionReallocation(Patch):
     arxiv = "2503.08342"
     parts = ("text",)
     default_part = "text"
-    needs = frozenset({"image_keys", "prompt"})
+    needs = (ImageKeys(), PromptLength())
     exclusive = frozenset({"key classes"})
 
     move: float = option(0.5, help="share of the mass on answer tokens that goes to the image (0 = dense)")

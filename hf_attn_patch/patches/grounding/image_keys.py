@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelMismatchError, PatchError
-from ...forward.context import image_token_ids
+from ...forward.needs.images import image_token_ids
 from ...model.sites import find_sites
 
 if TYPE_CHECKING:
     from ...call.program import Program
-    from ...forward.context import Context
+    from ...forward.running import Running
     from ...install.stack import Call
     from ...model.sites import Site
 
@@ -39,7 +39,7 @@ def depth(model: Any, sites: list[Site]) -> int:
     return told or max(s.layer for s in sites) + 1
 
 
-def depth_in(context: Context) -> int:
+def depth_in(context: Running) -> int:
     """`depth` of the model whose forward runs, looked up once per forward."""
     if "depth" not in context.scratch:
         config: Any = context.config

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...call.program import ScoreEdit
-from ...forward.context import image_token_ids
+from ...forward.needs import ImageKeys, PromptLength
+from ...forward.needs.images import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 
@@ -44,7 +45,7 @@ class PayAttentionToImage(Patch):
     arxiv = "2407.21771"
     parts = ("text",)
     default_part = "text"
-    needs = frozenset({"image_keys", "prompt"})
+    needs = (ImageKeys(), PromptLength(edits_end=True))
     exclusive = frozenset({"key classes"})
 
     alpha: float = option(

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ...call.program import ScoreEdit
 from ...errors import CacheError, ModelMismatchError, PatchError
-from ...forward.context import image_token_ids
+from ...forward.conversation import keep_rows, of_rows
+from ...forward.needs import ImageKeys, PromptLength, TokenGrid
+from ...forward.needs.images import image_token_ids
 from ...kernels.reference import probabilities
 from ...registry import Patch, option, register_patch
 from . import cls_rows, image_keys
@@ -84,7 +86,7 @@ class PayAttentionToInformedTokens(Patch):
     arxiv = "2501.12206"
     parts = ("text",)
     default_part = "text"
-    needs = frozenset({"image_keys", "prompt", "grid"})
+    needs = (ImageKeys(), PromptLength(edits_end=True), TokenGrid())
     exclusive = frozenset({"key classes"})
 
     ratio: float = option(0.15, help="share of the patches in the local stream")
@@ -145,9 +147,7 @@ class PayAttentionToInformedTokens(Patch):
         assert context is not None
         key = f"paint {call.key} {self.ratio} {self.local_layer} {self.summary_layer}"
         begin, end = mask.q_offset, mask.q_offset + mask.q_len
-        before: Tensor | None = context.memory.get(key)
-        if before is not None and before.shape[0] != program.batch:  # beams share their prompt
-            before = before.repeat_interleave(program.batch // before.shape[0], 0)
+        before: Tensor | None = of_rows(context.memory, key, program.batch)
         known = 0 if before is None else min(before.shape[1], begin)
         if begin > context.memory.get(f"{key} end", 0) and bool(image[:, known:begin].any()):
             raise CacheError(
@@ -178,7 +178,7 @@ class PayAttentionToInformedTokens(Patch):
             )
         context.memory[f"{key} end"] = end
         if end - begin > 1 or before is None:
-            context.memory[key] = made
+            keep_rows(context.memory, key, made)
         return torch.nn.functional.pad(made, (0, image.shape[1] - end))
 
     def _by_head(self, program: Program, call: Call, rows: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...call.mask import first_true
 from ...call.program import ScoreEdit
-from ...forward.context import image_token_ids
+from ...forward.needs import ImageKeys
+from ...forward.needs.images import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 
@@ -54,7 +55,7 @@ class VisualAmplificationFusion(Patch):
     arxiv = "2503.13107"
     parts = ("text",)
     default_part = "text"
-    needs = frozenset({"image_keys"})
+    needs = (ImageKeys(),)
     exclusive = frozenset({"key classes"})
 
     enhance: float = option(1.15, help="factor on the scores of image keys (1 = dense)")

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ...call.program import MassEdit, MassTransfer
 from ...errors import CacheError, ModelMismatchError
-from ...forward.context import image_token_ids
+from ...forward.conversation import keep_rows, of_rows
+from ...forward.needs import ImageKeys, LayerInput
+from ...forward.needs.images import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 from .sink_dims import SINK_DIMS, dims_of, plain, sink_tokens
@@ -90,7 +92,7 @@ class VisualAttentionRedistribution(Patch):
     arxiv = "2503.03321"
     parts = ("text",)
     default_part = "text"
-    needs = frozenset({"image_keys", "layer_input"})
+    needs = (ImageKeys(), LayerInput())
     exclusive = frozenset({"key classes"})
     causal_only = True
 
@@ -181,7 +183,7 @@ class VisualAttentionRedistribution(Patch):
         else:
             found = hidden.new_zeros(hidden.shape[:2], dtype=torch.bool)
         key = f"var sinks {call.path}"
-        before = context.memory.get(key)
+        before = of_rows(context.memory, key, found.shape[0])
         seen = int(columns[0])
         if seen == 0:
             before = found.new_zeros(found.shape[0], 0)
@@ -190,10 +192,8 @@ class VisualAttentionRedistribution(Patch):
                 f"var: the cache holds {seen} tokens that were read while var was not on {call.path}, so its sink "
                 "tokens are unknown. Start with a fresh cache"
             )
-        if before.shape[0] != found.shape[0]:  # rows of one item share their prompt
-            before = before.repeat_interleave(found.shape[0] // before.shape[0], 0)
-        sinks = torch.cat([before[:, :seen], found], 1)
-        context.memory[key] = sinks
+        sinks = torch.cat([before[:, :seen].expand(found.shape[0], -1), found], 1)
+        keep_rows(context.memory, key, sinks)
         return sinks
 
     def edit(self, program: Program, call: Call) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CacheError, ModelMismatchError, PatchError
-from ...forward.context import image_token_ids
-from ...forward.needs import image_free
+from ...forward.conversation import keep_rows, of_rows
+from ...forward.needs import ImageKeys, Need, PromptLength, image_free
+from ...forward.needs.images import image_token_ids
 from ...registry import Patch, option, register_patch
 from . import image_keys
 
@@ -84,7 +85,6 @@ class VisionAwareHeadReinforcement(Patch):
     arxiv = "2412.13949"
     parts = ("text",)
     default_part = "text"
-    needs = frozenset({"image_keys", "prompt", "image_free"})
 
     alpha: float = option(2.0, help="factor on the chosen heads (1 = dense)")
     last: int = option(14, help="how many of the last layers are edited")
@@ -137,8 +137,13 @@ class VisionAwareHeadReinforcement(Patch):
             )
         return notes
 
-    def image_free(self) -> image_free.ImageFree:
-        return image_free.ImageFree(self.branch, tuple(sorted(self.wrappers)))
+    @property
+    def _pass(self) -> image_free.ImageFreePass:
+        return image_free.ImageFreePass(self.branch, tuple(sorted(self.wrappers)))
+
+    @property
+    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
+        return ImageKeys(), PromptLength(elastic=True), self._pass
 
     def edit(self, program: Program, call: Call) -> None:
         context = call.context
@@ -149,12 +154,10 @@ class VisionAwareHeadReinforcement(Patch):
         if (
             context.image_free_pass is not None
         ):  # a joint pass: gates of earlier layers are known, later ones unused
-            gate = context.image_free_pass.memory.get(key)
+            gate = of_rows(context.image_free_pass.memory, key, program.batch)
         else:
-            gate = context.memory.get(key)
+            gate = of_rows(context.memory, key, program.batch)
         if gate is not None:
-            if gate.shape[0] != program.batch:  # beams: rows of one item share their prompt
-                gate = gate.repeat_interleave(program.batch // gate.shape[0], 0)
             program.gate(gate.to(program.query.dtype)[:, None])
         elif context.image_free_pass is None:
             image = image_keys.image_columns(self.name, program, call)
@@ -170,7 +173,7 @@ class VisionAwareHeadReinforcement(Patch):
         rows = context.memory[image_free.ROWS]
         index = torch.arange(len(output), device=output.device)
         seen = output.detach()[index, :, rows["last"].to(output.device)]
-        blind = context.image_free(call.path, self.image_free()).to(output.device)
+        blind = context.image_free(call.path, self._pass).to(output.device)
         chosen = choose_heads(
             seen, blind, squared=self.squared, drop_outliers=self.drop_outliers, ddof=self.ddof
         )
@@ -181,7 +184,7 @@ class VisionAwareHeadReinforcement(Patch):
             asked[:, list(call.heads)] = True
             chosen &= asked
         gate = torch.where(chosen, self.alpha, 1.0).to(seen.dtype)
-        context.memory[key] = gate
+        keep_rows(context.memory, key, gate)
         return gate
 
     def _refuse(self, program: Program, call: Call, image: Tensor) -> None:

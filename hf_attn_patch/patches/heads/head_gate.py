@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ModelMismatchError
+from ...forward.needs import HeadMask
 from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class HeadGate(Patch):
     paper = "Are Sixteen Heads Really Better than One?"
     arxiv = "1905.10650"
     trainable = True
-    needs = frozenset({"head_mask"})
+    needs = (HeadMask(),)
 
     gate: float | list = option(
         1.0, help="one factor for all heads, [heads] for every layer alike, or [[heads] per layer]"

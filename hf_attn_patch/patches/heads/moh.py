@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ModelMismatchError
+from ...forward.needs import AttentionInput, AuxiliaryLosses, QueryBeforeNorm
 from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class MoH(Patch):
     paper = "MoH: Multi-Head Attention as Mixture-of-Head Attention"
     arxiv = "2410.11842"
     parts = ("text", "vision", "audio", "encoder", "decoder")
-    needs = frozenset({"attention_input", "query_before_norm", "losses"})
+    needs = (AttentionInput(), QueryBeforeNorm(), AuxiliaryLosses())
     head_selectable = False
     trainable = True
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...call.program import ScoreEdit
 from ...errors import ConfigError
+from ...forward.needs import PromptLength
 from ...model import head_sets
 from ...registry import Patch, option, register_patch
 
@@ -106,7 +107,7 @@ class Pasta(Patch):
     arxiv = "2311.02262"
     parts = ("text", "decoder")
     default_part = "text"
-    needs = frozenset({"prompt"})
+    needs = (PromptLength(),)
     exclusive = frozenset({"key classes"})
 
     marked: list = option(default_factory=list, help="[[start, end], ...] in tokens; [] = hap.prompt says it")

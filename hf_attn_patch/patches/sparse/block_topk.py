@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...call.rules import ChosenBlocks
 from ...errors import CacheError
+from ...forward.needs import PromptLength
 from ...kernels.block_scores import antidiagonal_scores, pooled_scores
 from ...kernels.block_selection import select_threshold, select_topk
 from ...registry import Patch, option, register_patch
@@ -52,7 +53,7 @@ class BlockTopK(Patch):
     parts = ("text", "decoder")
     default_part = "text"
     causal_only = True
-    needs = frozenset({"prompt"})
+    needs = (PromptLength(),)
 
     block: int = option(64, help="tokens per block of keys (antidiagonal: of queries too)")
     topk: int = option(16, help="blocks that are read per row, forced ones included; 0 = use threshold")

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ...call.program import Blend
 from ...call.rules import SinkWindow
 from ...errors import ConfigError, ModelMismatchError
+from ...forward.needs import AuxiliaryLosses
 from ...model import head_sets
 from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
     from ...call.program import Program
-    from ...forward.context import Context
+    from ...forward.running import Running
     from ...install.stack import Call
     from ...model.sites import Site
 
@@ -81,7 +82,7 @@ class Duo(Patch):
     arxiv = "2410.10819"
     parts = ("text", "decoder")
     default_part = "text"
-    needs = frozenset({"losses"})
+    needs = (AuxiliaryLosses(),)
     causal_only = True
     head_selectable = False
     frees_cache = True
@@ -213,7 +214,7 @@ class Duo(Patch):
             sinks = tuple(0 if f else self.sinks for f in full)
             program.restrict(SinkWindow(sinks, tuple(WHOLE if f else self.window for f in full)))
 
-    def spans(self, facts: dict[str, Any], context: Context | None) -> list[tuple[int, int]] | None:
+    def spans(self, facts: dict[str, Any], context: Running | None) -> list[tuple[int, int]] | None:
         if self.mode == "train":
             return None
         full = self.is_full(facts["layer"], facts["num_heads"], facts["num_kv_heads"])

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...call.rules import BlockSinkWindow, SinkWindow
 from ...errors import ConfigError, ModelMismatchError
+from ...forward.needs import Need, PromptLength
 from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
     from ...call.program import Program
-    from ...forward.context import Context
+    from ...forward.running import Running
     from ...install.stack import Call
     from ...model.sites import Site
 
@@ -37,7 +38,7 @@ class MoA(Patch):
     Formula: ``span_h(N) = alpha_h + beta_h N`` rounded up to blocks of 64 (see `span_size`), of which
     ``static = min(span, sinks)`` are sinks and the rest is the window: query i reads key j iff
     ``j <= i and (j < static or i - j < span - static)``. N = prompt length + max_new_tokens, one number per
-    batch (its longest row); ``length`` fixes it.
+    batch (its longest row), that of the first turn for a whole conversation; ``length`` fixes it.
 
     Neutral value: alpha 0, beta 1 (every span is the whole length).
 
@@ -57,7 +58,6 @@ class MoA(Patch):
     arxiv = "2406.14909"
     parts = ("text", "decoder")
     default_part = "text"
-    needs = frozenset({"prompt"})
     causal_only = True
     head_selectable = False
     frees_cache = True
@@ -75,6 +75,10 @@ class MoA(Patch):
     )
     _table: Any = field(default=None, init=False, repr=False, compare=False)
     _shortest: int = field(default=0, init=False, repr=False, compare=False)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
+        return (PromptLength(elastic=self.length is None),)
 
     def validate(self) -> None:
         self.require(self.sinks >= 0, "sinks", ">= 0")
@@ -157,11 +161,11 @@ class MoA(Patch):
         group = len(sizes) // num_kv_heads
         return [max(sizes[g * group : (g + 1) * group]) for g in range(num_kv_heads)]
 
-    def elastic_length(self, context: Context | None, at_least: int) -> int:
+    def elastic_length(self, context: Running | None, at_least: int) -> int:
         """N: fixed by `length`, else prompt length + max_new_tokens."""
         if self.length is not None:
             return self.length
-        prompt = context.prompt_length if context is not None else None
+        prompt = getattr(context, "first_prompt", getattr(context, "prompt_length", None))
         return (prompt if prompt is not None else at_least) + self.max_new_tokens
 
     def _spans(self, layer: int, num_kv_heads: int, length: int) -> list[tuple[int, int]]:
@@ -179,7 +183,7 @@ class MoA(Patch):
         sinks, window = zip(*spans)
         program.restrict(SinkWindow(sinks, tuple(max(w, 1) for w in window)))
 
-    def spans(self, facts: dict[str, Any], context: Context | None) -> list[tuple[int, int]] | None:
+    def spans(self, facts: dict[str, Any], context: Running | None) -> list[tuple[int, int]] | None:
         length = self.elastic_length(context, 0)
         spans = self._spans(facts["layer"], facts["num_kv_heads"], length)
         return [(s, max(w, 1)) if s + w < length else (0, 0) for s, w in spans]

@@ -10,7 +10,7 @@ from ...registry import Patch, option, register_patch
 
 if TYPE_CHECKING:
     from ...call.program import Program
-    from ...forward.context import Context
+    from ...forward.running import Running
     from ...install.stack import Call
 
 
@@ -37,7 +37,7 @@ class Streaming(Patch):
     arxiv = "2309.17453"
     parts = ("text", "encoder", "decoder", "audio")
     default_part = "text"
-    needs = frozenset()
+    needs = ()
     frees_cache = True
 
     sinks: int = option(4, help="first tokens of each row that stay visible (0 = plain sliding window)")
@@ -50,7 +50,7 @@ class Streaming(Patch):
     def edit(self, program: Program, call: Call) -> None:
         program.restrict(SinkWindow(self.sinks, self.window), call.heads)
 
-    def spans(self, facts: dict[str, Any], context: Context | None) -> list[tuple[int, int]] | None:
+    def spans(self, facts: dict[str, Any], context: Running | None) -> list[tuple[int, int]] | None:
         return [(self.sinks, self.window)] * facts["num_kv_heads"]
 
     @classmethod

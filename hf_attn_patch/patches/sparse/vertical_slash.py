@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...call.rules import ColumnsDiagonals
 from ...errors import CacheError, ConfigError, ModelMismatchError
+from ...forward.needs import PromptLength
 from ...kernels.reference import masked_softmax
 from ...registry import Patch, option, register_patch
 
@@ -58,7 +59,7 @@ class VerticalSlash(Patch):
     arxiv = "2407.02490"
     parts = ("text", "decoder")
     default_part = "text"
-    needs = frozenset({"prompt"})
+    needs = (PromptLength(),)
     causal_only = True
 
     vertical: int = option(500, help="columns per head, the first ones included")

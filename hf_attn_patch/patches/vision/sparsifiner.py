@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...call.rules import ChosenCells
 from ...call.token_permute import Tiles
 from ...errors import ModelMismatchError
+from ...forward.needs import AuxiliaryLosses, TokenGrid
 from ...kernels import reference
 from ...model.grids import Grid, config_grid, configured_grid, per_axis
 from ...registry import option, register_patch
@@ -99,7 +100,7 @@ class Sparsifiner(ChosenOnGrid):
     paper = "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers"
     arxiv = "2303.13755"
     trainable = True
-    needs = frozenset({"grid", "losses"})
+    needs = (TokenGrid(), AuxiliaryLosses())
     exclusive = frozenset({"token order", "query and key source"})
     head_selectable = False
 

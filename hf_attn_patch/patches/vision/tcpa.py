@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...call.program import MassEdit
+from ...forward.needs import AddedTokens, AuxiliaryLosses, LayerInput, TokenGrid
 from ...forward.needs.added_tokens import CLASS_WEIGHT, AddsTokens, drawn, is_last, takes_pixels, width
 from ...registry import option, register_patch
 from ..on_grid import call_grid
@@ -49,7 +50,7 @@ class Tcpa(AddsTokens):
 
     paper = "Token Coordinated Prompt Attention is Needed for Visual Prompting"
     arxiv = "2505.02406"
-    needs = frozenset({"added_tokens", "layer_input", "grid", "losses"})
+    needs = (AddedTokens(), LayerInput(), TokenGrid(), AuxiliaryLosses())
     exclusive = frozenset({"added tokens", "key classes", "token order"})
 
     prompts: int | tuple[int, ...] = option(

@@ -1,4 +1,4 @@
-"""Facts from inside a layer: what enters an attention module, and its queries before they are normalised.
+"""What enters an attention module, and its queries before they are normalised.
 
 Both are recorded by hooks that run just before the attention function of the same call, so gradient checkpointing,
 which runs a layer again, records them again; nothing has to travel from one run to the other.
@@ -6,9 +6,12 @@ which runs a layer again, records them again; nothing has to travel from one run
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from .base import Hooks, Need
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -36,7 +39,7 @@ def by_head(x: Tensor, heads: int, length: int) -> Tensor | None:
     return x if tokens_first else x.transpose(1, 2)
 
 
-class Inside:
+class _Site:
     """Pre-hooks of one attention module (a class, so that deepcopy carries its context along)."""
 
     def __init__(self, context: Context, path: str):
@@ -44,16 +47,34 @@ class Inside:
 
     def enters(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
-        self.context.inside[self.path] = {} if hidden is None else {"input": hidden}
+        running = self.context.running()
+        running.layers.get(self.path, {}).pop("query", None)
+        if hidden is not None:
+            running.note(self.path, "attention", hidden)
 
     def normalises(self, module: nn.Module, args: tuple) -> None:
-        # one module may serve queries, then keys
-        self.context.inside.setdefault(self.path, {}).setdefault("query", args[0])
+        running = self.context.running()
+        if "query" not in running.layers.get(self.path, {}):  # one module may serve queries, then keys
+            running.note(self.path, "query", args[0])
 
 
-def install(context: Context, model: nn.Module, path: str) -> list[Any]:
-    """Hook the attention module at `path`; returns the handles."""
-    module, hook = model.get_submodule(path), Inside(context, path)
-    handles = [module.register_forward_pre_hook(hook.enters, with_kwargs=True)]
-    norm = query_norm(module)
-    return handles if norm is None else [*handles, norm.register_forward_pre_hook(hook.normalises)]
+@dataclass(frozen=True)
+class AttentionInput(Need):
+    says = "hidden states entering the attention module"
+    carried = False
+
+    def install(self, hooks: Hooks) -> None:
+        for path in hooks.paths:
+            hooks.before(hooks.model.get_submodule(path), _Site(hooks.context, path).enters)
+
+
+@dataclass(frozen=True)
+class QueryBeforeNorm(Need):
+    says = "queries before the model normalises them"
+    carried = False
+
+    def install(self, hooks: Hooks) -> None:
+        for path in hooks.paths:
+            norm = query_norm(hooks.model.get_submodule(path))
+            if norm is not None:
+                hooks.before(norm, _Site(hooks.context, path).normalises, kwargs=False)
