@@ -13,9 +13,9 @@ from transformers import DynamicCache, PreTrainedModel
 import hf_attn_patch as hap
 from hf_attn_patch.call.rules import Neighborhood
 from hf_attn_patch.errors import CacheError, ModelMismatchError, PatchError
-from hf_attn_patch.forward.needs.grid import grid_of
+from hf_attn_patch.forward.needs.grid import SeenGrid, grid_of
 from hf_attn_patch.forward.needs.images import image_token_ids
-from hf_attn_patch.forward.running import current
+from hf_attn_patch.forward.running import Running, current
 
 from .small import close, differ, inputs_of, model_of, output, refused
 

@@ -109,7 +109,9 @@ def _compute_again(running: Running, given: Given) -> None:
     if "logits_to_keep" in given.names:
         inputs["logits_to_keep"] = 1
     try:
-        _crop(cache, seen - 1)
+        cache.crop(-1)
+        if int(cache.get_seq_length()) != seen - 1:
+            raise CacheError(f"it still holds {int(cache.get_seq_length())} tokens")
     except Exception as error:
         raise CacheError(
             f"the prompt comes in parts, and the token that ended the part before must be computed again, which this "
@@ -122,9 +124,3 @@ def _compute_again(running: Running, given: Given) -> None:
     memory.update(before)
     for name, value in kept.items():
         setattr(memory, name, value)
-
-
-def _crop(cache: Any, length: int) -> None:
-    cache.crop(length)
-    if int(cache.get_seq_length()) != length:
-        raise CacheError(f"it still holds {int(cache.get_seq_length())} tokens")
