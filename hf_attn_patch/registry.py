@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from .errors import ConfigError, RegistrationError, UnknownPatchError, did_you_mean
 
@@ -49,7 +49,8 @@ class Patch:
         needs: facts of the running forward (`forward.needs`; a property where they depend on options).
         exclusive: resources of a site that at most one patch may take, e.g. {"operator"}. causal_only: refuse
         bidirectional sites. head_selectable: accepts ``heads=``. frees_cache: has `spans`. trainable: has
-        parameters with gradients.
+        parameters with gradients. counts: whether it counts tokens of a sequence, by a rule of `call.rules`
+        ("rule") or already in `edit` ("edit": blocks, spans); rows that are no plain sequences are cut for it.
     """
 
     name: ClassVar[str] = ""
@@ -61,6 +62,7 @@ class Patch:
     needs: ClassVar[tuple[Any, ...]] = ()
     exclusive: ClassVar[frozenset[str]] = frozenset()
     causal_only: ClassVar[bool] = False
+    counts: ClassVar[Literal["", "rule", "edit"]] = ""
     head_selectable: ClassVar[bool] = True
     frees_cache: ClassVar[bool] = False
     trainable: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -128,6 +128,10 @@ class Mask:
     @classmethod
     def from_transformers(cls, flavour: str = "sdpa", **arguments: Any) -> Mask:
         """Build from the keyword arguments that transformers hands to a mask function."""
+        if not torch.compiler.is_compiling():
+            # a static cache tells its length by a tensor that its next update changes in place: copy facts when read
+            counts = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
+            arguments = {**arguments, **counts}
         rule = arguments.get("mask_function")
         causal, window, opaque = _facts_of(rule)
         padding = arguments.get("attention_mask")
@@ -209,6 +213,48 @@ class Mask:
             return None
         first = first + self.kv_offset
         return [(a, a + n) for a, n in zip(first.tolist(), count.tolist())]
+
+    @fact
+    def holes(self) -> bool:
+        """True if a row has padding between its real tokens (a later turn of a batched chat)."""
+        if self.padding is None or torch.compiler.is_compiling():
+            return False
+        return self.real_spans is None
+
+    @fact
+    def positions(self) -> Tensor | None:
+        """Position of the token at each column, int64 [B, columns]: the number of real tokens before it. None where
+        that is the column less `start`."""
+        if not self.holes:
+            return None
+        assert self.padding is not None
+        return self.padding.expand(self.batch, -1).long().cumsum(1) - self.padding.long()
+
+    def positions_at(self, cols: Tensor) -> Tensor:
+        """Positions of the tokens at columns int64 [n] or [B, n] (an empty slot, -1: negative); [B, 1, 1, n]."""
+        columns = cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]
+        if self.positions is None:
+            return columns - self.start.to(cols.device).reshape(-1, 1, 1, 1)
+        known = self.positions.to(cols.device)
+        index = cols.clamp(min=0).expand(self.batch, -1)
+        found = torch.gather(known, 1, index)[:, None, None, :]
+        return torch.where(columns < 0, -1, found)
+
+    def without_packing(self) -> Mask:
+        """This mask without the rule that keeps packed sequences apart (torch.compile adds it to every call without a
+        mask, since it cannot look at position ids)."""
+        parts = [part for part in _rule_parts(self.rule) if not _is_packed(part)] if self.rule else []
+        causal, window, opaque = self.causal, self.window, False
+        for part in parts:
+            more = _facts_of(part)
+            causal, window, opaque = (
+                causal or more[0],
+                more[1] if window is None else window,
+                opaque or more[2],
+            )
+        if opaque:
+            return self
+        return replace(self, causal=causal, window=window, rule=None, arguments={}, _native={})
 
     @fact
     def packed(self) -> bool:

@@ -51,7 +51,14 @@ class RaggedKV:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.groups[0].key.dtype
+        """That of the keys; the values' where the two differ (autocast), so that nobody takes it for plain."""
+        return torch.promote_types(self.groups[0].key.dtype, self.groups[0].value.dtype)
+
+    def as_dtype(self, dtype: torch.dtype) -> RaggedKV:
+        """The same tokens in another dtype (what the cache holds stays as it is)."""
+        return RaggedKV(
+            [KVGroup(g.heads, g.key.to(dtype), g.value.to(dtype), g.columns) for g in self.groups], self.seen
+        )
 
     def size(self, dim: int) -> int:
         return self.shape[dim]

@@ -39,7 +39,8 @@ class Running:
         pixels: the token grid of the pixel values, or why there is none. losses: auxiliary losses.
         aside: it runs inside another one of its model. again: path of the site that is computed again in backward.
         image_free_pass: the pass this forward is, if it is one without images.
-        sequences: int64 [B, L], which sequence of a packed row a token belongs to, or None.
+        sequences: int64 [B, L], which sequence of a packed row a token belongs to, or None. separate: the model's own
+            kernel would keep them apart (lengths were given). positions_given: the caller passed position ids.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Running:
         self.losses = Losses()
         self.image_free_pass = image_free_pass
         self.sequences: Tensor | None = None
+        self.separate = False
+        self.positions_given = True
         self._own = Conversation()  # without a cache
 
     # -- where we are ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ class SpanCache(Need):
     says: ClassVar[str] = "KV cache layers with a span per KV head"
     order: ClassVar[int] = 8
     carried: ClassVar[bool] = False
+    in_pieces: ClassVar[bool] = True
 
     state: State
 

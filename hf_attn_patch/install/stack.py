@@ -1,4 +1,4 @@
-"""The patches of one attention module: `PatchStack`, its child ``attn_patch``, and what one of them is, `SitePatch`."""
+"""The patches of one attention module: `PatchStack`, its child ``attn_patch``."""
 
 from __future__ import annotations
 
@@ -6,94 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..call.mask import Mask
 from ..call.program import Program, same_state
 from ..call.ragged import RaggedKV
 from ..errors import ModelMismatchError
-from ..forward.checkpointing import FACTS, in_backward
+from ..forward.checkpointing import FACTS
+from ..forward.packing import from_lengths
 from ..kernels import Result, attention
-from ..model.sites import Site
+from . import pieces
 from .dispatch import live, register
 from .names import CHILD
 from .native import evicted, native_attention
-from .program_of import make_program
+from .program_of import make_program, mask_of
+from .site_patch import Call, SitePatch
 
 if TYPE_CHECKING:
     from ..forward.context import Context
     from ..forward.running import Running
-    from ..registry import Patch
 
-
-class SitePatch(nn.Module):
-    """One patch on one site: the method's config for this site, plus the tensors it declared.
-
-    variants: (query heads or None, config), so that heads of a site can carry different options.
-    """
-
-    entry: Any
-    last: dict[str, Any]
-    facts: dict[str, Any]
-    variants: list[tuple[tuple[int, ...] | None, Patch]]
-
-    def __init__(self, site: Site, entry: Any, variants: list[tuple[tuple[int, ...] | None, Patch]]):
-        super().__init__()
-        self.entry = entry
-        self.variants = variants
-        self.path, self.layer, self.part = site.path, site.layer, site.part
-        self.facts = {
-            "layer": site.layer,
-            "num_heads": site.num_heads,
-            "num_kv_heads": site.num_kv_heads,
-            "causal": site.causal,
-        }
-        # the first variant's tensors live here, those of further ones (heads with other options) in children 1, 2, ...
-        for number, (_, config) in enumerate(variants):
-            holder = nn.Module() if number else self
-            for name, tensor in config.tensors(site).items():
-                if isinstance(tensor, nn.Parameter):
-                    holder.register_parameter(name, tensor)
-                else:
-                    holder.register_buffer(name, tensor)
-            if number:
-                self.add_module(str(number), holder)
-        self.last = {}
-
-    @property
-    def frees_cache(self) -> bool:
-        """True if it may have had tokens evicted from the cache."""
-        return self.entry.cache == "auto" and self.entry.config.frees_cache
-
-    def holder(self, number: int) -> nn.Module:
-        """The module that holds the tensors of variant `number`."""
-        return self.get_submodule(str(number)) if number else self
-
-    def extra_repr(self) -> str:
-        state = "" if self.entry.enabled else ", disabled"
-        return ", ".join(repr(config) for _, config in self.variants) + state
-
-
-class Call:
-    """Facts of one attention call for `Patch.edit`: where, on which heads, in which forward.
-
-    layer, path, part: the site. heads: query heads to edit (None = all). tensors: the module that holds the
-    method's parameters and buffers for these heads. context: facts of the running forward. training: the model trains.
-    """
-
-    def __init__(
-        self, patch: SitePatch, variant: int, context: Running | None, causal: bool, training: bool = False
-    ):
-        self.layer, self.path, self.part = patch.layer, patch.path, patch.part
-        self.heads, self.tensors = patch.variants[variant][0], patch.holder(variant)
-        self.context, self.causal = context, causal
-        self.key, self.training = patch.entry.key, training
-
-    def add_loss(self, name: str, value: Tensor, weight: float) -> None:
-        """Add ``weight * mean over sites of value`` (0-d) to the loss of this forward; ignored unless the model trains.
-
-        A patch that calls it lists "losses" in its `needs`. A layer that runs again in backward (checkpointing)
-        computes its value again, but it counts once.
-        """
-        if self.training and self.context is not None and not in_backward():
-            self.context.losses.add(f"{self.key}.{name}", self.path, value, weight)
+__all__ = ["Call", "PatchStack", "SitePatch", "running_stack", "stacks_of", "summary"]
 
 
 class PatchStack(nn.Module):
@@ -157,36 +88,48 @@ class PatchStack(nn.Module):
         active = [p for p in self.site_patches() if p.entry.enabled and (aside is None or aside.runs(p))]
         if isinstance(key, RaggedKV) and not any(p.frees_cache for p in active):
             raise evicted(key)
+        native = lambda: native_attention(module, self.native, query, key, value, attention_mask, kwargs)
         if not active:
-            output, weights = native_attention(module, self.native, query, key, value, attention_mask, kwargs)
+            output, weights = native()
             if aside is not None:
                 aside.keep(self.site_patches(), output)
             return output, weights
-        program = make_program(module, query, key, value, attention_mask, kwargs)
+        mask = mask_of(module, query, key, attention_mask, kwargs, running)
+        cut = self._pieces(active, running, mask, key, kwargs)
+        if cut is not None:
+            assert running is not None
+
+            def attend(own: Any, q: Any, k: Any, v: Any, of_it: Any) -> tuple[Tensor, Any]:
+                program = make_program(module, q, k, v, of_it, kwargs, own)
+                self._edit(active, program, own, module)
+                result = self._execute(active, program)
+                for patch in active:
+                    patch.last = summary(program, result)
+                return result.output.transpose(1, 2), None
+
+            found, alone = cut
+            return pieces.run(found, mask, query, key, value, running, alone, attend)
+        program = make_program(module, query, key, value, mask, kwargs, running)
         before = program.state()
-        for patch in active:
-            for variant, (_, config) in enumerate(patch.variants):
-                config.edit(program, Call(patch, variant, running, program.mask.causal, module.training))
-        if program.rules and program.mask.packed:
+        self._edit(active, program, running, module)
+        if program.rules and mask.packed and running is not None and running.sequences is None:
             raise ModelMismatchError(
-                f"{active[0].entry.config.name}: this batch packs several sequences into one row (position ids "
-                "restart), and rules count from the start of the row. Put one sequence in each row"
+                f"{active[0].entry.config.name}: whether this batch packs several sequences into one row cannot be "
+                "known (torch.compile was given position_ids and no attention_mask), and rules count from the start "
+                "of a sequence. Pass an attention_mask, or leave position_ids to the model"
             )
         # one forced choice wins over auto; two different forced ones were refused at patch time
-        impl = next((p.entry.impl for p in active if p.entry.impl != "auto"), "auto")
-        plain = impl == "auto" and not program.ragged and not program.need_weights
+        plain = not program.ragged and not program.need_weights and _impl(active) == "auto"
         if plain and same_state(
             before, program.state()
         ):  # a layer out of range, a call that is not its business
-            output, weights = native_attention(module, self.native, query, key, value, attention_mask, kwargs)
+            output, weights = native()
             for patch in active:
                 patch.last = summary(program, Result(output, None, self.native, "nothing was edited"))
             if aside is not None:
                 aside.keep(active, output)
             return output, weights
-        result = attention(program, impl)
-        for observer in program.observers:
-            observer(program, result.output)
+        result = self._execute(active, program)
         output = result.output.transpose(1, 2).contiguous()
         if aside is not None:
             aside.keep(active, output)
@@ -194,6 +137,45 @@ class PatchStack(nn.Module):
         for patch in active:
             patch.last = summary(program, result)
         return output, result.weights
+
+    def _pieces(
+        self, active: list[SitePatch], running: Running | None, mask: Mask, key: Any, kwargs: dict[str, Any]
+    ) -> tuple[list[pieces.Piece], bool] | None:
+        """(pieces of this call, each is a whole sequence of its own), or None: it is taken as one."""
+        if running is None or mask.given is not None or not isinstance(key, Tensor):
+            return None
+        sequences, separate = running.sequences, running.separate
+        if sequences is None and "cu_seq_lens_q" in kwargs and mask.batch == 1:
+            sequences = from_lengths(kwargs)
+            separate = sequences is not None
+        if sequences is not None and sequences.shape[1] == mask.q_len:
+            counts = [p for p in active if p.counts]
+            if not counts and not separate:
+                return None  # the model keeps the sequences apart, or does not
+            pieces.refuse(active, mask, sequences)
+            return pieces.pieces_of(mask, sequences), True
+        counts = [p for p in active if p.counts_itself]
+        if counts and mask.causal and mask.holes:
+            pieces.refuse(active, mask, None)
+            return pieces.pieces_of(mask, None), False
+        return None
+
+    def _edit(
+        self, active: list[SitePatch], program: Program, running: Running | None, module: nn.Module
+    ) -> None:
+        for patch in active:
+            for variant, (_, config) in enumerate(patch.variants):
+                config.edit(program, Call(patch, variant, running, program.mask.causal, module.training))
+
+    def _execute(self, active: list[SitePatch], program: Program) -> Result:
+        result = attention(program, _impl(active))
+        for observer in program.observers:
+            observer(program, result.output)
+        return result
+
+
+def _impl(active: list[SitePatch]) -> str:
+    return next((p.entry.impl for p in active if p.entry.impl != "auto"), "auto")
 
 
 def summary(program: Program, result: Result) -> dict[str, Any]:

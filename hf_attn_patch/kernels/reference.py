@@ -24,11 +24,9 @@ def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:
     seen = mask.block(rows, cols)
     rule = program.rule
     if rule is not None:
-        start = mask.start.to(rows.device).reshape(-1, 1, 1, 1)
         head = torch.arange(rule.heads, device=rows.device).reshape(1, -1, 1, 1)
-        q = rows.reshape(1, 1, -1, 1) - start
-        k = (cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]) - start
-        read = rule.visible(head, q, k)
+        q = mask.positions_at(rows).transpose(2, 3)
+        read = rule.visible(head, q, mask.positions_at(cols))
         seen = seen & (
             read if rule.heads == 1 else read.repeat_interleave(program.num_heads // rule.heads, 1)
         )

@@ -69,7 +69,9 @@ def key_runs(program: Program, runs: list[Tensor]) -> list[list[tuple[int, int]]
     lo = first - mask.window + 1 if mask.window is not None else torch.zeros_like(first)
     lo = lo.clamp(min=mask.kv_offset)
     ranges = []
-    for start in set(mask.starts):
+    if mask.holes:  # positions are not columns less a constant: every key the mask shows is looked at
+        ranges.append(torch.stack([lo, hi], -1))
+    for start in () if mask.holes else set(mask.starts):
         for head in range(rule.heads):
             maybe, _ = rule.key_ranges(head, first - start, last - start, mask.kv_offset + S - start)
             for a, b in maybe:

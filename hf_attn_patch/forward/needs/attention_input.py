@@ -61,6 +61,7 @@ class _Site:
 @dataclass(frozen=True)
 class AttentionInput(Need):
     says = "hidden states entering the attention module"
+    in_pieces = True
     carried = False
 
     def install(self, hooks: Hooks) -> None:
@@ -71,6 +72,7 @@ class AttentionInput(Need):
 @dataclass(frozen=True)
 class QueryBeforeNorm(Need):
     says = "queries before the model normalises them"
+    in_pieces = True
     carried = False
 
     def install(self, hooks: Hooks) -> None:

@@ -30,13 +30,14 @@ class Need:
 
     says: what it is, in one line. order: needs are asked in this order (a need may build on an earlier one).
     carried: it is learnt from a whole forward, so it must travel with layers that gradient checkpointing runs again.
-    per_prompt: two forwards of equal shapes may differ in it.
+    per_prompt: two forwards of equal shapes may differ in it. in_pieces: it is known for each sequence of a packed row.
     """
 
     says: ClassVar[str] = ""
     order: ClassVar[int] = 0
     carried: ClassVar[bool] = True
     per_prompt: ClassVar[bool] = False
+    in_pieces: ClassVar[bool] = False
 
     def install(self, hooks: Hooks) -> None:
         """Hook modules (`Hooks`)."""

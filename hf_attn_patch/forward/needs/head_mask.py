@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class HeadMask(Need):
     says = "whether the caller passes head_mask=, which transformers v5 swallows"
+    in_pieces = True
     carried = False
 
     def begins(self, running: Running, given: Given) -> None:

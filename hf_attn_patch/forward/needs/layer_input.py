@@ -31,6 +31,7 @@ class _Layer:
 @dataclass(frozen=True)
 class LayerInput(Need):
     says = "hidden states entering the layer"
+    in_pieces = True
 
     def install(self, hooks: Hooks) -> None:
         for path in hooks.paths:

@@ -88,6 +88,7 @@ class Losses:
 @dataclass(frozen=True)
 class AuxiliaryLosses(Need):
     says = "auxiliary losses, added to the loss of a forward in training mode"
+    in_pieces = True
     carried = False
     order = 9
 

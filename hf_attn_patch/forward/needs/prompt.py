@@ -34,6 +34,7 @@ class PromptLength(Need):
     prompt, so every part must be read with the length of the whole."""
 
     says = "length of the prompt"
+    in_pieces = True
     per_prompt = True
     order = 1
 

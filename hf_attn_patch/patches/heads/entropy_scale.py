@@ -100,6 +100,7 @@ class EntropyScale(Patch):
     constant by this, its drift is only damped.
     """
 
+    counts = "edit"
     paper = "Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis"
     arxiv = "2306.08645"
     parts = ("text", "vision", "audio", "encoder", "decoder")

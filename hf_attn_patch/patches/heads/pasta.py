@@ -103,6 +103,7 @@ class Pasta(Patch):
     cache ends; ``length``, or ``hap.prompt(model, length=...)``, says it for texts scored in one forward.
     """
 
+    counts = "edit"
     paper = "Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs"
     arxiv = "2311.02262"
     parts = ("text", "decoder")

@@ -48,6 +48,7 @@ class BlockTopK(Patch):
     the cache. No gradient flows through the choice.
     """
 
+    counts = "edit"
     paper = "MoBA: Mixture of Block Attention for Long-Context LLMs"
     arxiv = "2502.13189"
     parts = ("text", "decoder")

@@ -78,6 +78,7 @@ class Duo(Patch):
     what that changes for the search.
     """
 
+    counts = "rule"
     paper = "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"
     arxiv = "2410.10819"
     parts = ("text", "decoder")

@@ -54,6 +54,7 @@ class MoA(Patch):
     permuted. A span of a whole sequence keeps everything.
     """
 
+    counts = "rule"
     paper = "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression"
     arxiv = "2406.14909"
     parts = ("text", "decoder")

@@ -86,6 +86,7 @@ class S2(Patch):
     extrapolation, expect loss without further training, least with dense layers.
     """
 
+    counts = "rule"
     paper = "S2-Attention: Hardware-Aware Context Sharding Among Attention Heads"
     arxiv = "2407.17678"
     parts = ("text", "decoder")

@@ -33,6 +33,7 @@ class Streaming(Patch):
     ``window=recent + 1`` to get its numbers. The prefill is masked too (in the original only the cache is cut).
     """
 
+    counts = "rule"
     paper = "Efficient Streaming Language Models with Attention Sinks"
     arxiv = "2309.17453"
     parts = ("text", "encoder", "decoder", "audio")

@@ -55,6 +55,7 @@ class VerticalSlash(Patch):
     through the choice.
     """
 
+    counts = "edit"
     paper = "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention"
     arxiv = "2407.02490"
     parts = ("text", "decoder")
