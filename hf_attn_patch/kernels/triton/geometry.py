@@ -6,7 +6,6 @@ same position share one layout, others get their own, stacked into one.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,8 @@ from ...masks import Mask
 from ...program import Program
 from ...rules import ChosenBlocks, Rule
 from ...rules_dynamic import ChosenCells, ColumnsDiagonals
-from ..layout import BlockLayout
+from ..kept import kept
+from ..layout import KEPT, BlockLayout
 from ..layout import layout_for as cached_layout
 from .layout_attention import Padding
 
@@ -210,7 +210,7 @@ def _shared(rows: list[Row]) -> list[Row]:
     return [widest[row.q_offset] for row in rows]
 
 
-@functools.lru_cache(maxsize=64)
+@kept(KEPT)
 def stacked(
     rule: Rule | None, rows: tuple[Row, ...], causal: bool, window: int | None, block_q: int, block_k: int,
     device: torch.device,
