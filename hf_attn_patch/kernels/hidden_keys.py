@@ -53,7 +53,7 @@ def without_hidden(program: Program) -> Program:
         groups = []
         for group in key.groups:
             seen = _seen(program, group.columns, list(group.heads))
-            k, v = reference.readable(seen, group.key, group.value)
+            k, v = reference.readable(program, seen, group.key, group.value)
             groups.append(KVGroup(group.heads, k, v, group.columns))
         key = value = RaggedKV(groups, key.seen)
         return replace(program, key=key, value=value)
@@ -65,7 +65,7 @@ def without_hidden(program: Program) -> Program:
         seen = seen | (mask.key_columns[None] >= mask.q_offset) & (
             mask.key_columns[None] < mask.q_offset + mask.q_len
         )
-    key, value = reference.readable(seen, key, value)
+    key, value = reference.readable(program, seen, key, value)
     return replace(program, key=key, value=value)
 
 

@@ -35,7 +35,7 @@ def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:
     return seen.expand(program.batch, -1, -1, -1)
 
 
-def readable(allowed: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def readable(program: Program, allowed: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [B, Hkv, S, .] with 0 where no query reads: what is there may be NaN, and 0 * NaN is NaN.
 
     allowed: bool [B, H|1, Lq, S].
@@ -43,7 +43,10 @@ def readable(allowed: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     seen = allowed.any(2)
     if seen.shape[1] > 1:
         seen = seen.unflatten(1, (key.shape[1], -1)).any(2)
-    return key.masked_fill(~seen[..., None], 0.0), value.masked_fill(~seen[..., None], 0.0)
+    # a mean over heads reads the key of every head, also of those that do not attend to it
+    mixed = any(edit.kind == "mean_abs" for edit in program.score_edits)
+    keys_seen = seen.any(1, keepdim=True) if mixed else seen
+    return key.masked_fill(~keys_seen[..., None], 0.0), value.masked_fill(~seen[..., None], 0.0)
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor, sink_logits: Tensor | None = None) -> Tensor:
@@ -259,7 +262,7 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
             heads = heads.to(program.query.device)
             allowed = visible(program, rows, group.columns)
             allowed = allowed[:, heads] if allowed.shape[1] > 1 else allowed
-            key, value = readable(allowed, group.key, group.value)
+            key, value = readable(program, allowed, group.key, group.value)
             part, probs = attend(
                 program,
                 program.query[:, heads],
@@ -281,7 +284,7 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
     assert isinstance(program.key, Tensor) and isinstance(program.value, Tensor)
     cols = program.mask.key_columns
     allowed = visible(program, rows, cols)
-    key, value = readable(allowed, program.key, program.value)
+    key, value = readable(program, allowed, program.key, program.value)
     output, probs = attend(program, program.query, key, value, allowed, rows, cols)
     mean = own = None
     if any(b.target == "mean_value" for b in program.blends):

@@ -192,7 +192,7 @@ def run_rows(program: Program, rows: Tensor | None = None, edited: bool = False)
         if (
             q.device.type != "cpu" and run.numel() > 1
         ):  # on a CPU a NaN in the output is noticed (`hidden_keys`)
-            key, value = reference.readable(allowed, key, value)
+            key, value = reference.readable(program, allowed, key, value)
         if edited:
             out, _ = reference.attend(program, q, key, value, allowed, columns, cols, row_index=run)
         else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_attn_patch.cache import SpanLayer
-from hf_attn_patch.kernels import attention, why_not
+from hf_attn_patch.kernels import attention, reference, why_not
 from hf_attn_patch.masks import Mask
 from hf_attn_patch.program import Program
 from hf_attn_patch.rules import SinkWindow
@@ -29,13 +29,17 @@ def test_fuzz_torch_executor(seed):
     """In float64, where a wrong key shows and rounding does not; what no query reads holds NaN."""
     program = random_program(seed)
     bad, hidden = poisoned(program) if seed % 2 else (program, 0)
-    gradients = seed % 3 == 0
+    mask = program.mask
+    some = reference.visible(program, mask.query_columns, mask.key_columns).any()  # else there is no graph
+    gradients = seed % 3 == 0 and bool(some)
     truth = outputs(program, "reference", gradients)
     for impl in ("torch", "reference") if hidden else ("torch",):
-        got = outputs(bad, impl, gradients)
-        check_budget(
-            ("output", "dq", "dk", "dv"), truth, truth, got, torch.float64, f"{impl}, seed {seed}\n{program}"
-        )
+        for name, t, got in zip(("output", "dq", "dk", "dv"), truth, outputs(bad, impl, gradients)):
+            error = (got - t).abs().max()
+            # of O(1) numbers: a gradient may be 0 by cancellation, and its rounding is not
+            assert error <= 1e-11 * (1 + t.abs().max()), (
+                f"{impl}: {name} is off by {error:.3g}, seed {seed}\n{program}"
+            )
 
 
 @pytest.mark.parametrize("seed", seeds(15, 0.2))

@@ -58,8 +58,12 @@ def poisoned(program, what=float("nan")):
         kv = RaggedKV(groups, program.key.seen)
         return replace(program, key=kv, value=kv), count
     hidden = ~readable(program, program.mask.key_columns)[..., None]
+    mixed = any(
+        e.kind == "mean_abs" for e in program.score_edits
+    )  # reads the keys of every head for every head
+    hidden_keys = hidden.all(1, keepdim=True) if mixed else hidden
     new = replace(
-        program, key=program.key.masked_fill(hidden, what), value=program.value.masked_fill(hidden, what)
+        program, key=program.key.masked_fill(hidden_keys, what), value=program.value.masked_fill(hidden, what)
     )
     return new, int(hidden.sum())
 
@@ -146,6 +150,16 @@ def test_an_unfilled_static_cache(L, q_offset, dtype, impl):
     ):
         program = make(L=L, S=160, q_offset=q_offset, **options)
         check(program, impl, dtype=dtype)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_mean_over_heads_reads_keys_that_a_head_itself_does_not_attend_to(impl):
+    program = make(L=60)
+    program.classify(classes(program))
+    program = EDITS["mean_abs"](program)
+    before = attention(program, impl).output[:, 2:]
+    program.restrict(SinkWindow((1, 60), (1, 60)))  # KV head 0 reads next to nothing
+    torch.testing.assert_close(attention(program, impl).output[:, 2:], before)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
