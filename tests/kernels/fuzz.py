@@ -92,7 +92,7 @@ def _given(r: random.Random, B: int, H: int, L: int, S: int) -> Tensor:
     if r.random() < 0.5:
         return seen
     return torch.randn(shape, generator=g, dtype=torch.float64).masked_fill(
-        ~seen, torch.finfo(torch.float32).min
+        ~seen, torch.finfo(torch.float64).min
     )
 
 

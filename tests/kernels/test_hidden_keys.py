@@ -152,6 +152,13 @@ def test_an_unfilled_static_cache(L, q_offset, dtype, impl):
         check(program, impl, dtype=dtype)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_right_padding_that_all_rows_share(causal, impl):
+    """It ends inside a tile of keys, and no row of the batch has real keys there."""
+    check(make(B=1, L=111, causal=causal, pads=[(0, 40)]), impl, gradients=True)
+
+
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_a_mean_over_heads_reads_keys_that_a_head_itself_does_not_attend_to(impl):
     program = make(L=60)

@@ -141,6 +141,8 @@ def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, 
         row.kv_len < wide.kv_len and (not mask.causal or row.q_offset + row.q_len > row.kv_len)
         for row, wide in zip(rows, shared)
     )
+    # keys behind the end of a row are in memory, share its last tile and may hold NaN: they must not be loaded
+    exposed = exposed or any(end - mask.kv_offset < mask.kv_len for _, end in spans)
 
     def numbers(values: list[int], needed: bool) -> Tensor | None:
         return on_device(mask, values, device) if needed else None
