@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, masking_utils
-from transformers.cache_utils import DynamicCache
+from transformers import DynamicCache, LlamaConfig, masking_utils
 
 import hf_attn_patch as hap
 from hf_attn_patch.call.mask import Mask, first_true
@@ -337,14 +336,94 @@ def test_sinks_behind_left_padding_are_found_in_a_given_mask_too(form, impl):
     close(got[flat], expected[flat])
 
 
-def test_rules_refuse_packed_sequences_instead_of_counting_from_the_wrong_start():
+PACKED = (5, 7, 1, 9)  # lengths of the sequences of one row
+COUNTING = [
+    ("streaming", {"sinks": 1, "window": 3}),
+    ("moba", {"block": 3, "topk": 1}),
+    ("s2", {"stride": 2, "local_blocks": 1, "block": 2}),
+    ("pasta", {"marked": [[1, 3]], "alpha": 0.05}),
+    ("moa", {"plan": {"alphas": [[2.0] * 4] * 2, "betas": [[0.2] * 4] * 2}, "sinks": 1, "block": 1, "smallest": 2,
+             "max_new_tokens": 0}),
+]  # fmt: skip
+
+
+def packed_row():
+    ids = torch.arange(sum(PACKED))[None] + 5
+    positions = torch.cat([torch.arange(n) for n in PACKED])[None]
+    return ids, positions, ids.split(PACKED, 1)
+
+
+@pytest.mark.parametrize("told", ["positions", "positions and a mask", "positions and a cache", "lengths"])
+@pytest.mark.parametrize("name, options", COUNTING, ids=[name for name, _ in COUNTING])
+def test_packed_sequences_are_counted_one_by_one(name, options, told):
     model = model_of("llama")
-    ids = torch.arange(12)[None] + 5
-    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    with hap.patched(model, "streaming", sinks=1, window=2), torch.no_grad():
-        with pytest.raises(hap.PatchError, match="packs several sequences"):
-            model(input_ids=ids, position_ids=positions, use_cache=False)
-    with hap.patched(model, "head_gate", gate=0.5), torch.no_grad():  # no rule, no problem
+    ids, positions, each = packed_row()
+    more = {"use_cache": told.endswith("cache"), "position_ids": positions}
+    if told.endswith("mask"):
+        more["attention_mask"] = torch.ones_like(ids)
+    if told == "lengths":
+        ends = torch.tensor([0, *torch.tensor(PACKED).cumsum(0).tolist()], dtype=torch.int32)
+        more.update(
+            cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=max(PACKED), max_length_k=max(PACKED)
+        )
+    with hap.patched(model, name, **options), torch.no_grad():
+        alone = torch.cat([model(input_ids=part, use_cache=False)[0] for part in each], 1)
+        together = model(input_ids=ids, **more)[0]
+    torch.testing.assert_close(together, alone)
+
+
+def test_gates_leave_packed_rows_to_the_model():
+    model = model_of("llama")
+    ids, positions, each = packed_row()
+    with hap.patched(model, "head_gate", gate=0.5), torch.no_grad():
         together = model(input_ids=ids, position_ids=positions, use_cache=False)[0]
-        alone = model(input_ids=ids[:, 5:], use_cache=False)[0]
-    torch.testing.assert_close(together[:, 5:], alone)
+        alone = torch.cat([model(input_ids=part, use_cache=False)[0] for part in each], 1)
+    torch.testing.assert_close(together, alone)
+
+
+def test_packed_rows_are_refused_by_methods_that_know_whole_rows_only():
+    model = model_of("llava")
+    ids = torch.cat([torch.full((1, 4), model.config.image_token_id), torch.arange(8)[None] + 5], 1)
+    positions = torch.cat([torch.arange(6), torch.arange(6)])[None]
+    lengths = torch.tensor([0, 6, 12], dtype=torch.int32)
+    with hap.patched(model, "vaf", first_layer=0, last_layer=None), torch.no_grad():
+        with pytest.raises(hap.PatchError, match="packs several sequences"):
+            embeds = model.get_input_embeddings()(ids)
+            with hap.prompt(model, image_keys=ids == model.config.image_token_id):
+                model(inputs_embeds=embeds, position_ids=positions, use_cache=False, cu_seq_lens_q=lengths)
+
+
+def test_padding_between_the_turns_of_a_batched_chat_is_not_counted():
+    model = model_of("llama")
+    one, two = [list(range(5, 14)), list(range(20, 25))], [list(range(30, 34)), list(range(40, 47))]
+    options = [*COUNTING[:3], ("pasta", {"marked": [[1, 3]], "alpha": 0.05, "length": 12})]
+
+    def padded(rows):
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+    def batch():
+        (first, real), (second, also), cache = padded(one), padded(two), DynamicCache(config=model.config)
+        both = torch.cat([real, also], 1)
+        positions = (both.cumsum(1) - 1).clamp(min=0)
+        model(first, attention_mask=real, position_ids=positions[:, :9], past_key_values=cache)
+        after = model(
+            second, attention_mask=both, position_ids=positions[:, 9:], past_key_values=cache
+        ).logits[:, -1]
+        step = torch.cat([both, torch.ones(2, 1, dtype=both.dtype)], 1)
+        more = model(torch.tensor([[7], [8]]), attention_mask=step, position_ids=step.sum(1, keepdim=True) - 1,
+                     past_key_values=cache).logits[:, -1]  # fmt: skip
+        return torch.stack([after, more])
+
+    def alone():
+        found = []
+        for first, second, last in zip(one, two, (7, 8)):
+            every = torch.tensor([first + second + [last]])
+            with hap.prompt(model, length=every.shape[1] - 1):
+                found.append(model(every, use_cache=False).logits[0, -2:])
+        return torch.stack(found, 1)
+
+    for name, chosen in options:
+        with hap.patched(model, name, **chosen), torch.no_grad():
+            torch.testing.assert_close(batch(), alone(), msg=lambda text, name=name: f"{name}: {text}")

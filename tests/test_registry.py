@@ -65,7 +65,7 @@ def plugin_module(monkeypatch, name: str, source: str) -> None:
 PLUGIN = """
 from dataclasses import dataclass
 from hf_attn_patch.registry import Patch, option, register_patch
-from hf_attn_patch.rules import SinkWindow
+from hf_attn_patch.call.rules import SinkWindow
 
 @register_patch("last_half")
 @dataclass
@@ -160,8 +160,8 @@ def test_nobody_can_take_the_name_of_a_builtin(fresh_registry, scan_first):
     "target, words",
     [
         ("no_such_module_anywhere:X", ["ModuleNotFoundError"]),
-        ("hf_attn_patch.rules:NoSuchClass", ["NoSuchClass"]),
-        ("hf_attn_patch.rules:SinkWindow", ["not a Patch dataclass"]),
+        ("hf_attn_patch.call.rules:NoSuchClass", ["NoSuchClass"]),
+        ("hf_attn_patch.call.rules:SinkWindow", ["not a Patch dataclass"]),
         ("hf_attn_patch.registry:option", ["not a Patch dataclass"]),
     ],
 )

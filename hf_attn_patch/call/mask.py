@@ -47,6 +47,12 @@ def _rule_parts(rule: Callable) -> list[Callable]:
     return [rule]
 
 
+def _remapped(part: Callable) -> Callable:
+    """The rule that transformers applies to positions within packed sequences."""
+    inside = inspect.getclosurevars(part).nonlocals.values()
+    return next(value for value in inside if callable(value))
+
+
 def _is_packed(rule: Callable | None) -> bool:
     """True if a transformers rule separates sequences packed into one row."""
     return rule is not None and any(
@@ -73,6 +79,11 @@ def _facts_of(rule: Callable | None) -> tuple[bool, int | None, bool]:
         elif name.startswith("sliding_window_overlay."):
             size = inspect.getclosurevars(part).nonlocals["sliding_window"]
             window = int(size) if window is None else min(window, int(size))
+        elif name.startswith("remap_positions_for_packed_sequence."):
+            # positions within a sequence grow as columns do, so "causal" and a window mean the same by columns
+            inner = _facts_of(_remapped(part))
+            causal, opaque = causal or inner[0], True
+            window = inner[1] if window is None else min(window, inner[1] or window)
         else:
             opaque = True
     return causal, window, opaque
@@ -232,20 +243,28 @@ class Mask:
 
     def positions_at(self, cols: Tensor) -> Tensor:
         """Positions of the tokens at columns int64 [n] or [B, n] (an empty slot, -1: negative); [B, 1, 1, n]."""
-        columns = cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]
         if self.positions is None:
-            return columns - self.start.to(cols.device).reshape(-1, 1, 1, 1)
+            return self.columns_from_start(cols)
+        columns = cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]
         known = self.positions.to(cols.device)
-        index = cols.clamp(min=0).expand(self.batch, -1)
-        found = torch.gather(known, 1, index)[:, None, None, :]
+        index = cols.clamp(0, known.shape[1] - 1).expand(self.batch, -1)
+        found = torch.gather(known, 1, index)[:, None, None, :] + (columns - known.shape[1] + 1).clamp(min=0)
         return torch.where(columns < 0, -1, found)
+
+    def columns_from_start(self, cols: Tensor) -> Tensor:
+        """Columns int64 [n] or [B, n] counted from the first real token of each row; [B, 1, 1, n]."""
+        columns = cols.reshape(1, 1, 1, -1) if cols.ndim == 1 else cols[:, None, None, :]
+        return columns - self.start.to(cols.device).reshape(-1, 1, 1, 1)
 
     def without_packing(self) -> Mask:
         """This mask without the rule that keeps packed sequences apart (torch.compile adds it to every call without a
         mask, since it cannot look at position ids)."""
-        parts = [part for part in _rule_parts(self.rule) if not _is_packed(part)] if self.rule else []
         causal, window, opaque = self.causal, self.window, False
-        for part in parts:
+        for part in _rule_parts(self.rule) if self.rule is not None else ():
+            if _is_packed(part):
+                continue
+            if getattr(part, "__qualname__", "").startswith("remap_positions_for_packed_sequence."):
+                part = _remapped(part)
             more = _facts_of(part)
             causal, window, opaque = (
                 causal or more[0],

@@ -59,7 +59,7 @@ def from_positions(positions: Tensor, attention_mask: Any, seen: int) -> Tensor 
         begins = step != 1
     else:
         begins = step <= 0
-        real = _real(attention_mask, positions.shape[1])
+        real = _real(attention_mask, seen, positions.shape[1])
         if real is not None:
             real = real.to(begins.device).expand(positions.shape[0], -1)
             begins = begins & real[:, 1:] & real[:, :-1]
@@ -68,11 +68,14 @@ def from_positions(positions: Tensor, attention_mask: Any, seen: int) -> Tensor 
     return torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
 
 
-def _real(attention_mask: Any, length: int) -> Tensor | None:
+def _real(attention_mask: Any, seen: int, length: int) -> Tensor | None:
     if isinstance(attention_mask, dict):
         attention_mask = next(iter(attention_mask.values()), None)
     if isinstance(attention_mask, Mask):
         attention_mask = attention_mask.padding
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
-    return attention_mask[:, -length:].bool()
+    begin = seen if attention_mask.shape[1] >= seen + length else attention_mask.shape[1] - length
+    return attention_mask[
+        :, begin : begin + length
+    ].bool()  # masks of static caches are longer than what was seen

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..call.program import Program
+from .hidden_keys import trimmed
 from .reference import gated
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
@@ -102,6 +104,7 @@ def attention(program: Program, impl: str = "auto") -> Result:
         UnsupportedProgram: the forced executor (or, with auto, every executor) refuses, with the reason.
     """
     check_impl(impl)
+    call, program = program, trimmed(program)
     refusals: list[str] = []
     for name in _ORDER if impl == "auto" else (impl,):
         reason = why_not(name, program, impl != "auto")
@@ -109,10 +112,12 @@ def attention(program: Program, impl: str = "auto") -> Result:
             output, weights = executor(name).run(program)
             if program.addition is not None:
                 output = output + gated(program, program.addition).to(output.dtype)
-            for gate in program.output_gates:
-                output = output * gate(program, output).to(output.dtype).transpose(1, 2).unsqueeze(-1)
+            for gate in call.output_gates:
+                output = output * gate(call, output).to(output.dtype).transpose(1, 2).unsqueeze(-1)
             text = "forced" if impl != "auto" else "; ".join(refusals) or "first choice"
-            asked = program.need_weights and weights is not None
-            return Result(output, program.of_tokens(weights) if asked else None, name, text)
+            if not call.need_weights or weights is None:
+                return Result(output, None, name, text)
+            hidden = call.key.shape[2] - weights.shape[3] if call is not program else 0
+            return Result(output, call.of_tokens(pad(weights, (0, hidden))), name, text)
         refusals.append(f"not {name}: {reason}")
     raise UnsupportedProgram(f"impl={impl!r} cannot run {program}: {'; '.join(refusals)}")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..call.program import Program
 from ..call.rules import ChosenCells
-from .row_blocks import run_rows, sdpa
+from .row_blocks import rows_of_run, run_rows, sdpa
 
-ELEMENTS = 1 << 22  # gathered elements of keys, or of a mask, of one batch of runs
+ELEMENTS = 1 << 22  # gathered elements of keys of one batch of runs
 ROWS = 64  # rows of a run where nothing is gathered
 MOST = 0.7  # a union of more than this share of the keys is not worth the gather
 
@@ -104,7 +104,8 @@ def _masked(program: Program, rule: ChosenCells, tokens: Tensor) -> Tensor:
     in_order = rule.tokens == rule.chosen.shape[3] and torch.equal(rule.k_cell, rule.k_cell.sort().values)
     outputs = []
     per_row = program.batch * program.num_heads * program.key.shape[2]
-    for part in tokens.clamp(min=0).split(max(1, ELEMENTS // per_row)):
+    size = rows_of_run(tokens.device, per_row, program.query.element_size(), False)
+    for part in tokens.clamp(min=0).split(size):
         allowed = rule.chosen[:, :, rule.q_cell[part]]
         allowed = allowed if in_order else allowed.index_select(3, rule.k_cell)
         allowed = F.pad(allowed, (rule.prefix, 0), value=True)

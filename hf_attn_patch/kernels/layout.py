@@ -11,7 +11,6 @@ is not (rules speak of positions from the first real token, so a left-padded row
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor
 
 from ..call.rules import Everything, Rule
+from .kept import kept
+from .layout_rows import first_rows, shared_len
 from .tiles import Pairs, Predicate, Shape, classify, mask_kind, ordered_pairs, pack, ranged_pairs, unpack
 
 
@@ -389,7 +390,10 @@ class BlockLayout:
         return f"BlockLayout({', '.join(parts)})"
 
 
-@functools.lru_cache(maxsize=64)
+KEPT = 1 << 30  # bytes of layouts, with the plans and masks that executors derive from them
+
+
+@kept(KEPT)
 def layout_for(
     rule: Rule | None,
     q_len: int,
@@ -401,5 +405,12 @@ def layout_for(
     block_k: int = 64,
     device: torch.device | str = "cpu",
 ) -> BlockLayout:
-    """`BlockLayout.from_rule`, cached (the layers of a model share one layout). Do not modify the result."""
+    """`BlockLayout.from_rule`, cached (the layers of a model share one layout). Do not modify the result.
+
+    Causal texts of different lengths share what was built for one of them (`layout_rows`).
+    """
+    longer = shared_len(rule, q_len, kv_len, q_offset, causal)
+    if longer > q_len and not torch.compiler.is_compiling():
+        whole = layout_for(rule, longer, q_offset + longer, q_offset, causal, window, block_q, block_k)
+        return first_rows(whole, q_len).to(device)
     return BlockLayout.from_rule(rule, q_len, kv_len, q_offset, causal, window, block_q, block_k, device)

@@ -6,7 +6,6 @@ the first real token, so a layout does not know about padding).
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import torch
@@ -18,7 +17,8 @@ from .buckets import attend_plan
 from .chosen import run_chosen
 from .chosen_cells import run_cells
 from .columns_diagonals import run_columns_diagonals
-from .layout import BlockLayout, layout_for
+from .kept import kept
+from .layout import KEPT, BlockLayout, layout_for
 from .plan import cost, plan_of
 from .row_blocks import run_rows, sdpa
 
@@ -117,7 +117,7 @@ def attend(
     return attend_plan(query, key, value, plan_of(layout), scale, whole)
 
 
-@functools.lru_cache(maxsize=64)
+@kept(KEPT)
 def best_layout(
     rule: Rule | None, L: int, S: int, q_offset: int, causal: bool, window: int | None
 ) -> BlockLayout:

@@ -25,17 +25,33 @@ def visible(program: Program, rows: Tensor, cols: Tensor) -> Tensor:
     rule = program.rule
     if rule is not None:
         head = torch.arange(rule.heads, device=rows.device).reshape(1, -1, 1, 1)
-        q = mask.positions_at(rows).transpose(2, 3)
-        read = rule.visible(head, q, mask.positions_at(cols))
+        # what was chosen for this call was chosen by columns (padding inside rows is cut out before that)
+        at = mask.columns_from_start if rule.dynamic else mask.positions_at
+        read = rule.visible(head, at(rows).transpose(2, 3), at(cols))
         seen = seen & (
             read if rule.heads == 1 else read.repeat_interleave(program.num_heads // rule.heads, 1)
         )
     return seen.expand(program.batch, -1, -1, -1)
 
 
+def readable(program: Program, allowed: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, Hkv, S, .] with 0 where no query reads: what is there may be NaN, and 0 * NaN is NaN.
+
+    allowed: bool [B, H|1, Lq, S].
+    """
+    seen = allowed.any(2)
+    if seen.shape[1] > 1:
+        seen = seen.unflatten(1, (key.shape[1], -1)).any(2)
+    # a mean over heads reads the key of every head, also of those that do not attend to it
+    mixed = any(edit.kind == "mean_abs" for edit in program.score_edits)
+    keys_seen = seen.any(1, keepdim=True) if mixed else seen
+    return key.masked_fill(~keys_seen[..., None], 0.0), value.masked_fill(~seen[..., None], 0.0)
+
+
 def masked_softmax(scores: Tensor, allowed: Tensor, sink_logits: Tensor | None = None) -> Tensor:
     """Softmax over allowed keys, [B, H, L, S]; a row with no allowed key gives zeros, never NaN."""
-    scores = scores.masked_fill(~allowed, float("-inf"))
+    # keys that an edit took out with -inf are masked too: no gradient comes back through a row that saw nothing
+    scores = scores.masked_fill(~allowed | (scores == float("-inf")), float("-inf"))
     if sink_logits is not None:
         extra = sink_logits.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1].masked_fill(~allowed, 0.0)
@@ -121,8 +137,11 @@ def attend(
             index = at[:, None, None, :].expand(-1, full.shape[1], full.shape[2], -1)
             full = torch.gather(full.expand(at.shape[0], -1, -1, -1), 3, index)
         scores = scores + full
-    for edit in program.score_edits:
+    for number, edit in enumerate(program.score_edits):
         target = where(
+            None
+            if number == 0 or edit.kind == "add"
+            else scores != float("-inf"),  # what was taken out stays out
             heads_of(edit.heads),
             rows_of(edit.rows),
             None if edit.key_class is None or classes is None else classes == edit.key_class,
@@ -135,7 +154,8 @@ def attend(
         elif edit.kind == "multiply":
             changed = scores * amount
         elif edit.kind == "mean_abs":
-            changed = scores + amount * scores.abs().mean(1, keepdim=True)
+            size = scores.abs() if number == 0 else scores.masked_fill(scores == float("-inf"), 0.0).abs()
+            changed = scores + amount * size.mean(1, keepdim=True)
         else:
             raise ValueError(f"unknown score edit {edit.kind!r}")
         scores = changed if target is None else torch.where(target, changed, scores)
@@ -241,11 +261,12 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
             heads = heads.to(program.query.device)
             allowed = visible(program, rows, group.columns)
             allowed = allowed[:, heads] if allowed.shape[1] > 1 else allowed
+            key, value = readable(program, allowed, group.key, group.value)
             part, probs = attend(
                 program,
                 program.query[:, heads],
-                group.key,
-                group.value,
+                key,
+                value,
                 allowed,
                 rows,
                 group.columns,
@@ -262,10 +283,11 @@ def run(program: Program) -> tuple[Tensor, Tensor | None]:
     assert isinstance(program.key, Tensor) and isinstance(program.value, Tensor)
     cols = program.mask.key_columns
     allowed = visible(program, rows, cols)
-    output, probs = attend(program, program.query, program.key, program.value, allowed, rows, cols)
+    key, value = readable(program, allowed, program.key, program.value)
+    output, probs = attend(program, program.query, key, value, allowed, rows, cols)
     mean = own = None
     if any(b.target == "mean_value" for b in program.blends):
-        value = per_query_head(program.value, H)
+        value = per_query_head(value, H)
         share = allowed.to(value.dtype)
         share = share / share.sum(-1, keepdim=True).clamp(min=1)
         mean = share @ value

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..call.program import MassEdit, Program, ScoreEdit
 from ..call.rules import Rule
 from . import ragged_rows, reference
+from .hidden_keys import poisoned, without_hidden
 from .plain import run_plain
 from .ragged_rows import run_open
 from .row_blocks import mean_values, run_ragged, run_rows
@@ -30,15 +31,22 @@ def why_not(program: Program) -> str | None:
 
 def run(program: Program) -> tuple[Tensor, None]:
     """Execute `program` with memory linear in its length: (output [B, H, L, Dv], None)."""
+    output = _run(program)
+    if poisoned(program, output):
+        output = _run(without_hidden(program))
+    return output, None
+
+
+def _run(program: Program) -> Tensor:
     targets = {blend.target for blend in program.blends if isinstance(blend.target, str)}
     rules = [blend.target for blend in program.blends if isinstance(blend.target, Rule)]
     if program.ragged:
-        return reference.finish(program, run_ragged(program, program_is_edited(program)), None, None), None
+        return reference.finish(program, run_ragged(program, program_is_edited(program)), None, None)
     output = attend(program)
     mean = mean_values(program) if "mean_value" in targets else None
     own = reference.own_values(program, program.value) if "value" in targets else None  # type: ignore[arg-type]
     by_rule = [attend(program.reading(t)) for t in rules]
-    return reference.finish(program, output, mean, own, by_rule), None
+    return reference.finish(program, output, mean, own, by_rule)
 
 
 def program_is_edited(program: Program) -> bool:

@@ -110,12 +110,14 @@ class StridedShards(Rule):
         return len(self.residues)
 
     def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        stripes = torch.zeros(self.heads, self.stride, dtype=torch.bool, device=q.device)
-        for h, own in enumerate(self.residues):
-            stripes[h, list(own)] = True
         m = torch.div(q, self.block, rounding_mode="floor")
         n = torch.div(k, self.block, rounding_mode="floor")
-        return ((m - n).abs() < self.local_blocks) | stripes[head, n % self.stride]
+        # a stride longer than the text must not cost its length (blocks before the text are the mask's business)
+        size = self.stride if self.stride <= 4096 else min(self.stride, max(int(n.max()) + 1, 1))
+        stripes = torch.zeros(self.heads, size, dtype=torch.bool, device=q.device)
+        for h, own in enumerate(self.residues):
+            stripes[h, [r for r in own if r < size]] = True
+        return ((m - n).abs() < self.local_blocks) | stripes[head, (n % self.stride).clamp(max=size - 1)]
 
     def key_ranges(self, head: int, q_lo: Tensor, q_hi: Tensor, kv_len: int) -> tuple[Ranges, Ranges]:
         b, local, own = self.block, self.local_blocks, set(self.residues[head])

@@ -18,6 +18,7 @@ from .. import reference
 from .decode import decode, decode_ragged
 from .geometry import ends_of_rows, on_device
 
+LONGEST = 1 << 30  # tokens
 FEW_ROWS = 16  # query tokens; above, a layout saves more than the split brings
 
 
@@ -46,7 +47,7 @@ def decoded(program: Program) -> Tensor:
     spans = mask.real_spans if mask.arithmetic else None
     arithmetic = spans is not None and (mask.window is None or mask.causal)
     if arithmetic:
-        options["window"] = mask.window
+        options["window"] = None if mask.window is None else min(mask.window, LONGEST)
         if mask.has_padding:
             options["starts"], options["ends"] = ends_of_rows(mask, device)
     plain_rule = rule is None or (
@@ -55,7 +56,8 @@ def decoded(program: Program) -> Tensor:
     if plain_rule and isinstance(rule, SinkWindow):
         heads = program.num_kv_heads
         pairs = [rule.of(h if rule.heads > 1 else 0) for h in range(heads)]
-        sinks, windows = zip(*pairs)
+        # columns are int32 in the kernel: what is longer than any text is cut before it overflows
+        sinks, windows = zip(*((min(s, LONGEST), min(w, LONGEST)) for s, w in pairs))
         options["sinks"], options["spans"] = (on_device(mask, list(v), device) for v in (sinks, windows))
         if mask.has_padding and "starts" not in options:
             options["starts"] = mask.start.int()

@@ -6,7 +6,6 @@ same position share one layout, others get their own, stacked into one.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor
 from ...call.mask import Mask
 from ...call.program import Program
 from ...call.rules import ChosenBlocks, ChosenCells, ColumnsDiagonals, Rule
-from ..layout import BlockLayout
+from ..kept import kept
+from ..layout import KEPT, BlockLayout
 from ..layout import layout_for as cached_layout
 from .layout_attention import Padding
 
@@ -140,6 +140,8 @@ def resolve(program: Program, block_q: int, block_k: int) -> tuple[BlockLayout, 
         row.kv_len < wide.kv_len and (not mask.causal or row.q_offset + row.q_len > row.kv_len)
         for row, wide in zip(rows, shared)
     )
+    # keys behind the end of a row are in memory, share its last tile and may hold NaN: they must not be loaded
+    exposed = exposed or any(end - mask.kv_offset < mask.kv_len for _, end in spans)
 
     def numbers(values: list[int], needed: bool) -> Tensor | None:
         return on_device(mask, values, device) if needed else None
@@ -209,7 +211,7 @@ def _shared(rows: list[Row]) -> list[Row]:
     return [widest[row.q_offset] for row in rows]
 
 
-@functools.lru_cache(maxsize=64)
+@kept(KEPT)
 def stacked(
     rule: Rule | None, rows: tuple[Row, ...], causal: bool, window: int | None, block_q: int, block_k: int,
     device: torch.device,

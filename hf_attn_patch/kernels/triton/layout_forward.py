@@ -2,6 +2,9 @@
 
 One program owns a block of queries of one head. It walks the row's full entries, then its tile entries, in two loops:
 a branch per entry costs registers and keeps the compiler from loading ahead (see docs/kernels.md).
+
+Padding and room behind the text are never loaded: what is there may be NaN. A real token that shares a tile with the
+edge of a window is loaded even if no query reads it (dropping its value would take V through registers in every tile).
 """
 
 import triton
@@ -61,7 +64,7 @@ def _forward_entry(
     elif CHECK_KEYS:
         s = tl.where(exists[None, :], s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
-    if check or (bias is not None):  # nothing visible yet: -inf - -inf would be NaN
+    if check or (bias is not None) or (EDITS > 0):  # nothing visible yet: -inf - -inf would be NaN
         base = tl.where(top == float("-inf"), 0.0, top)
     else:
         base = top

@@ -55,9 +55,19 @@ def soft_cap(s, cap):
 
 
 @triton.jit
-def _edited(s, slope, amount, classes, KIND: tl.constexpr, CLASS: tl.constexpr, SLOPE: tl.constexpr):
+def _edited(
+    s,
+    slope,
+    amount,
+    classes,
+    KIND: tl.constexpr,
+    CLASS: tl.constexpr,
+    SLOPE: tl.constexpr,
+    FIRST: tl.constexpr,
+):
     """One score edit, and the slope behind it. KIND: 0 add, 1 abs, 2 multiply. CLASS: key class + 1, 0 = every key.
-    (A function of its own, because a constexpr cannot be assigned twice in an unrolled loop.)"""
+    FIRST: no edit came before, which could have taken keys out for good by adding -inf. (A function of its own,
+    because a constexpr cannot be assigned twice in an unrolled loop.)"""
     turn = slope
     if KIND == 2:
         changed = s * amount
@@ -69,6 +79,8 @@ def _edited(s, slope, amount, classes, KIND: tl.constexpr, CLASS: tl.constexpr, 
             turn = slope * (1.0 + tl.where(s > 0, amount, tl.where(s < 0, -amount, 0.0)))
     else:
         changed = s + amount
+    if KIND > 0 and not FIRST:
+        changed = tl.where(s == float("-inf"), s, changed)
     if CLASS > 0:
         chosen = classes == CLASS - 1
         s = tl.where(chosen, changed, s)
@@ -115,6 +127,6 @@ def edited_scores(
     for e in tl.static_range(EDITS):
         amount = tl.load(amounts + e * stride_amount + amount_at)
         s, slope = _edited(
-            s, slope, amount, classes, (KINDS >> (8 * e)) & 3, (KINDS >> (8 * e + 2)) & 63, SLOPE
+            s, slope, amount, classes, (KINDS >> (8 * e)) & 3, (KINDS >> (8 * e + 2)) & 63, SLOPE, e == 0
         )
     return s * LOG2E, slope

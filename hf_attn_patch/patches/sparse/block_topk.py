@@ -95,6 +95,10 @@ class BlockTopK(Patch):
                 f"{self.name}: this cache has dropped tokens, so blocks cannot be chosen among all keys. Patch the "
                 "method that freed them with cache='keep', and start with a fresh cache"
             )
+        if (
+            mask.kv_len <= self.block
+        ):  # one block, which every query reads: nothing is padded to the size of a block
+            return
         scores, per_row, origin = self._scores(program)
         kept = self._kept(scores, per_row, origin)
         possible = scores > -torch.inf
