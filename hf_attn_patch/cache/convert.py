@@ -22,6 +22,22 @@ def first_real(attention_mask: Any) -> Tensor | None:
     return first_true(attention_mask.bool())
 
 
+def real_with_holes(attention_mask: Any) -> Tensor | None:
+    """bool [B, columns], True on real tokens, where some row has padding between them; None: there is none.
+
+    One wait for the device, in forwards that may change what a cache keeps.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = next((m for m in attention_mask.values() if isinstance(m, Mask)), None)
+    if isinstance(attention_mask, Mask):
+        attention_mask = attention_mask.padding
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    real = attention_mask.bool()
+    resumes = real[:, 1:] & ~real[:, :-1] & (real.cumsum(1)[:, :-1] > 0)
+    return real if bool(resumes.any()) else None
+
+
 def convertible(cache: Any, layers: list[int]) -> tuple[Any, str | None]:
     """The part of `cache` whose layers can be swapped, and why not (None = can).
 

@@ -1,10 +1,4 @@
-"""KV-cache layers that keep a different span per KV head: sinks + a ring of recent tokens, really freed.
-
-Token c (its column) of a group with window W lives in ring slot ``c % W``. Slots of all rows of a batch are
-aligned, left padding included, so one decoded token is one in-place write. Sinks, the first *real* tokens of
-each row, get slots of their own once the ring starts to overwrite them; until then they are read from the ring.
-Order in the ring is free: keys are already rotated and softmax does not care.
-"""
+"""KV-cache layers that keep a different span per KV head: sinks + a ring of recent tokens, really freed."""
 
 from __future__ import annotations
 
@@ -16,139 +10,9 @@ from transformers.cache_utils import DynamicLayer
 
 from ..call.ragged import KVGroup, RaggedKV
 from ..errors import CacheError
+from .group import Group, Span
 
-Span = tuple[int, int]  # (sinks, window) in tokens; a window of 0 keeps everything
-
-
-class _Group:
-    """Tokens of the KV heads `heads`, which share (sinks, window). Keys [B, n, slots, D]: sinks first, then ring."""
-
-    def __init__(self, heads: tuple[int, ...], span: Span):
-        self.heads = heads
-        self.sinks, self.window = span
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-        self.wrapped = False
-        self.last_start = 0  # largest column of a first real token in the batch
-
-    @property
-    def keeps_all(self) -> bool:
-        return self.window == 0
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.key, self.value) if t is not None]
-
-    def apply(self, change: Any) -> None:
-        if self.key is not None and self.value is not None:
-            self.key, self.value = change(self.key), change(self.value)
-
-    def ring_columns(self, seen: int, device: torch.device) -> Tensor:
-        """Column held by each ring slot after `seen` tokens, int64 [slots]; before wrapping slot = column."""
-        if not self.wrapped:
-            return torch.arange(seen, device=device)
-        slots = torch.arange(self.window, device=device)
-        return (seen - 1) - ((seen - 1 - slots) % self.window)
-
-    def columns(self, seen: int, start: Tensor) -> Tensor:
-        """Column of every slot, [B, slots]; -1 where a slot is empty or repeats a token of the ring."""
-        ring = self.ring_columns(seen, start.device).expand(start.shape[0], -1)
-        if not self.wrapped or self.sinks == 0:
-            return ring
-        sink = start[:, None] + torch.arange(self.sinks, device=start.device)
-        oldest = seen - self.window
-        return torch.cat([torch.where(sink < oldest, sink, -1), ring], 1)
-
-    def update(self, key: Tensor, value: Tensor, seen: int, start: Tensor) -> KVGroup | None:
-        """Take in new tokens [B, n, L, D]; returns what their queries may read (None on the first call: the new
-        tokens themselves, which the caller already has)."""
-        new = key.shape[2]
-        total = seen + new
-        if self.key is None or self.value is None:
-            self._store_first(key, value, start)
-            return None
-        if self.keeps_all or total <= self.window:
-            self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
-            columns = torch.arange(total, device=start.device).expand(start.shape[0], -1)
-            return KVGroup(self.heads, self.key, self.value, columns)
-        if new == 1:
-            if not self.wrapped:
-                self._wrap(seen, start)
-            self._write(key, value, seen, start)
-            return KVGroup(self.heads, self.key, self.value, self.columns(total, start))
-        # a chunk of several queries reads what was kept before it, plus itself
-        columns = torch.cat(
-            [
-                self.columns(seen, start),
-                torch.arange(seen, total, device=start.device).expand(start.shape[0], -1),
-            ],
-            1,
-        )
-        group = KVGroup(self.heads, torch.cat([self.key, key], 2), torch.cat([self.value, value], 2), columns)
-        if not self.wrapped:
-            self._wrap(seen, start)
-        self._write(key, value, seen, start)
-        return group
-
-    def _store_first(self, key: Tensor, value: Tensor, start: Tensor) -> None:
-        new = key.shape[2]
-        if self.keeps_all or new <= self.window:
-            self.key, self.value = key.clone(), value.clone()
-            return
-        self.key, self.value = (self._survivors(t, start) for t in (key, value))
-        self.wrapped = True
-
-    def _survivors(self, tensor: Tensor, start: Tensor) -> Tensor:
-        """Sinks and last `window` tokens of [B, n, L, D] in slot order."""
-        new = tensor.shape[2]
-        ring = torch.roll(tensor[:, :, new - self.window :], (new - self.window) % self.window, 2)
-        if self.sinks == 0:
-            return ring.contiguous()
-        return torch.cat([self._at(tensor, start), ring], 2)
-
-    def _at(self, tensor: Tensor, start: Tensor) -> Tensor:
-        """The sink tokens of each row out of columns 0..L-1 of [B, n, L, D]."""
-        sink = start[:, None] + torch.arange(self.sinks, device=start.device)
-        sink = sink.clamp(max=tensor.shape[2] - 1)  # a later token will overwrite a slot that is not due yet
-        index = sink[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-        return torch.gather(tensor, 2, index)
-
-    def _wrap(self, seen: int, start: Tensor) -> None:
-        """Before the first overwrite: give sinks slots of their own and fix the ring size.
-
-        The ring holds columns 0..seen-1 in order (seen <= window), so it only has to be extended.
-        """
-
-        def extended(tensor: Tensor) -> Tensor:
-            room = tensor.new_zeros(*tensor.shape[:2], self.window - seen, tensor.shape[3])
-            sinks = [self._at(tensor, start)] if self.sinks else []
-            return torch.cat([*sinks, tensor, room], 2)
-
-        self.key, self.value = extended(self.key), extended(self.value)  # type: ignore[arg-type]
-        self.wrapped = True
-
-    def _write(self, key: Tensor, value: Tensor, seen: int, start: Tensor) -> None:
-        new = key.shape[2]
-        kept = min(new, self.window)
-        columns = torch.arange(seen + new - kept, seen + new, device=key.device)
-        slots = self.sinks + columns % self.window
-        for name, fresh in (("key", key), ("value", value)):
-            buffer = getattr(self, name)
-            if torch.is_grad_enabled() and (buffer.requires_grad or fresh.requires_grad):
-                buffer = buffer.clone()  # autograd still needs the old values
-            buffer[:, :, slots] = fresh[:, :, new - kept :]
-            if (
-                self.sinks and self.last_start + self.sinks > seen
-            ):  # some row's first tokens are among the new
-                self._write_late_sinks(buffer, fresh, seen, start)
-            setattr(self, name, buffer)
-
-    def _write_late_sinks(self, buffer: Tensor, fresh: Tensor, seen: int, start: Tensor) -> None:
-        index = start[:, None] + torch.arange(self.sinks, device=start.device) - seen  # [B, sinks] into fresh
-        due = (index >= 0) & (index < fresh.shape[2])
-        safe = index.clamp(0, fresh.shape[2] - 1)[:, None, :, None]
-        picked = torch.gather(fresh, 2, safe.expand(-1, fresh.shape[1], -1, fresh.shape[3]))
-        old = buffer[:, :, : self.sinks]
-        buffer[:, :, : self.sinks] = torch.where(due[:, None, :, None], picked, old)
+__all__ = ["Span", "SpanLayer"]
 
 
 class SpanLayer(DynamicLayer):
@@ -157,33 +21,49 @@ class SpanLayer(DynamicLayer):
     Args:
         spans: (sinks, window) for each KV head; window 0 keeps everything.
         start: int64 [B], column of the first real token of each row (left padding), or None for no padding.
+        wait: drop nothing until `settle` has heard that the attention function got just the keys that were cached: a
+            model that computes with its keys behind the cache, or caches others than it attends to, keeps them all.
 
-    The first `update` returns the new keys themselves (a prompt attends within itself, the layout says to what);
-    later ones return a `RaggedKV`. ``get_seq_length()`` is the number of tokens *seen*: positions derive from it.
+    The first `update` returns the new keys themselves (a prompt attends within itself, the layout says to what); later
+    ones return a `RaggedKV`.
+    ``get_seq_length()`` is the number of tokens *seen*: positions derive from it.
+
+    Attributes:
+        kept_whole: why nothing is dropped after all, or "".
     """
 
     is_croppable = False
 
-    def __init__(self, spans: list[Span], start: Tensor | None = None):
+    def __init__(self, spans: list[Span], start: Tensor | None = None, wait: bool = False):
         super().__init__()
         by_span: dict[Span, list[int]] = {}
         for head, span in enumerate(spans):
             by_span.setdefault(span, []).append(head)
-        self.groups = [_Group(tuple(heads), span) for span, heads in by_span.items()]
+        self.groups = [Group(tuple(heads), span) for span, heads in by_span.items()]
         self.seen = 0
+        self.wait = wait
+        self.kept_whole = ""
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.real: Tensor | None = None
         self.set_start(start)
 
     def set_start(self, start: Tensor | None) -> None:
         """Columns of the first real tokens; may still move for rows that saw nothing but padding so far."""
         self.start = start
-        last = 0 if start is None else int(start.max())
-        for group in self.groups:
-            group.last_start = last
+        self.last_start = 0 if start is None else int(start.max())
+
+    def set_real(self, real: Tensor) -> None:
+        """Rows have padding between their tokens. real: bool [B, columns], True = real token; told in every forward."""
+        if self.real is None and self.seen and self.start is not None and not self.kept_whole:
+            self._settled()
+            for group in self.groups:
+                group.choose(self.seen, self.start, real.to(self.start.device))
+        self.real = real
 
     @property
     def waiting(self) -> bool:
         """True while a row of the batch has seen nothing but padding."""
-        return any(g.last_start >= self.seen for g in self.groups)
+        return self.last_start >= self.seen
 
     @property
     def spans(self) -> list[Span]:
@@ -194,36 +74,89 @@ class SpanLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    # -- taking tokens in ----------------------------------------------------------------------------------------
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take in [B, Hkv, L, D] and return what the queries of these tokens may read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
         if self.start is None:
-            self.start = torch.zeros(batch, dtype=torch.long, device=key_states.device)
-        start = self.start.to(key_states.device).expand(batch)
+            self.start = torch.zeros(batch, dtype=torch.long)
+        if self.start.shape[0] != batch or self.start.device != key_states.device:
+            self.start = self.start.to(key_states.device).expand(batch)
+        if self.pending is not None:  # nobody said that its attention got them as they were
+            self.keep_whole("its attention module was not called with the keys that it cached")
+        seen = self.seen
+        self.seen += key_states.shape[2]
+        if self.kept_whole:
+            return self._whole(key_states, value_states)
+        if self.groups[0].key is None:
+            if key_states.shape[1] != sum(len(g.heads) for g in self.groups):
+                self.kept_whole = f"it caches {key_states.shape[1]} heads, not those of its keys"
+                return self._whole(key_states, value_states)
+            self.pending = (key_states, value_states)
+            if not self.wait or torch.compiler.is_compiling():
+                self._settled()
+            return key_states, value_states
         parts = []
         for group in self.groups:
             heads = list(group.heads)
             every = len(heads) == key_states.shape[1]
             key = key_states if every else key_states[:, heads]
             value = value_states if every else value_states[:, heads]
-            parts.append(group.update(key, value, self.seen, start))
-        self.seen += key_states.shape[2]
-        if any(part is None for part in parts):
-            return key_states, value_states
-        ragged = RaggedKV(parts, self.seen)  # type: ignore[arg-type]
+            if self.real is not None:
+                parts.append(group.update_chosen(key, value, seen, self.real.to(key.device)))
+            else:
+                parts.append(group.update(key, value, seen, self.start, self.last_start))
+        ragged = RaggedKV(parts, self.seen)
         return ragged, ragged
+
+    def settle(self, key: Any, value: Any) -> None:
+        """The attention function was called with `key` and `value` behind the first update."""
+        if self.pending is None:
+            return
+        if key is self.pending[0] and value is self.pending[1]:
+            self._settled()
+        else:
+            self.keep_whole("its attention module computes with keys and values behind the cache")
+
+    def _settled(self) -> None:
+        """Drop what the first tokens do not need."""
+        if self.pending is None:
+            return
+        (key, value), self.pending = self.pending, None
+        assert self.start is not None
+        for group in self.groups:
+            heads = list(group.heads)
+            every = len(heads) == key.shape[1]
+            own = (key, value) if every else (key[:, heads], value[:, heads])
+            if self.real is None:
+                group.first(*own, self.start, self.last_start)
+            else:
+                group.key, group.value = own[0].clone(), own[1].clone()
+                group.choose(self.seen, self.start, self.real.to(key.device))
+
+    def keep_whole(self, reason: str) -> None:
+        """Drop nothing from now on, like a dense layer."""
+        self.kept_whole = reason
+        if self.pending is not None:
+            (key, value), self.pending = self.pending, None
+            self.groups[0].key, self.groups[0].value = key, value
+
+    def _whole(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        group = self.groups[0]
+        if group.key is not None and group.value is not None:
+            key, value = torch.cat([group.key, key], 2), torch.cat([group.value, value], 2)
+        group.key, group.value = key, value
+        return key, value
+
+    # -- what code that handles caches asks ----------------------------------------------------------------------
 
     @property
     def keys(self) -> Any:  # type: ignore[override]
         """What is held, for code that looks into caches: it gets an error with a way out instead of a wrong tensor."""
-        held = []
-        for g in self.groups:
-            if self.start is None or g.key is None or g.value is None:
-                return None
-            held.append(KVGroup(g.heads, g.key, g.value, g.columns(self.seen, self.start)))
-        return RaggedKV(held, self.seen)
+        return self._held("key", 0)
 
     @keys.setter
     def keys(self, value: Any) -> None:
@@ -231,7 +164,30 @@ class SpanLayer(DynamicLayer):
         if value is not None:
             raise CacheError("the keys of a per-head-span cache cannot be replaced; patch with cache='keep'")
 
-    values = keys  # type: ignore[assignment]
+    @property
+    def values(self) -> Any:  # type: ignore[override]
+        """As `keys`."""
+        return self._held("value", 1)
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        """As `keys`."""
+        if value is not None:
+            raise CacheError(
+                "the values of a per-head-span cache cannot be replaced; patch with cache='keep'"
+            )
+
+    def _held(self, name: str, number: int) -> Any:
+        if self.pending is not None:
+            return self.pending[number]
+        if self.kept_whole:
+            return getattr(self.groups[0], name)
+        held = []
+        for g in self.groups:
+            if self.start is None or g.key is None or g.value is None:
+                return None
+            held.append(KVGroup(g.heads, g.key, g.value, g.columns(self.seen, self.start)))
+        return RaggedKV(held, self.seen)
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -242,14 +198,15 @@ class SpanLayer(DynamicLayer):
 
     def nbytes(self) -> int:
         """Bytes held for keys and values."""
-        return sum(t.untyped_storage().nbytes() for g in self.groups for t in g.tensors())
+        held = list(self.pending or ()) + [t for g in self.groups for t in g.tensors()]
+        return sum(t.untyped_storage().nbytes() for t in held)
 
     def reset(self) -> None:
-        self.seen, self.is_initialized = 0, False
+        self.seen, self.is_initialized, self.pending, self.real = 0, False, None, None
+        self.kept_whole = ""
         self.set_start(None)
         for group in self.groups:
-            group.key = group.value = None
-            group.wrapped = False
+            group.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens.
@@ -260,20 +217,28 @@ class SpanLayer(DynamicLayer):
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
         if remove == 0:
             return
-        if any(g.wrapped for g in self.groups):
-            raise CacheError(
-                f"cannot take back {remove} tokens: this cache already evicted tokens that would become visible "
-                "again (assisted or contrastive decoding needs that). Patch with cache='keep'"
-            )
+        if not self.kept_whole:
+            self._settled()
+            if any(g.wrapped for g in self.groups):
+                raise CacheError(
+                    f"cannot take back {remove} tokens: this cache already evicted tokens that would become visible "
+                    "again (assisted or contrastive decoding needs that). Patch with cache='keep'"
+                )
         for group in self.groups:
             group.apply(lambda t: t[:, :, : self.seen - remove])
         self.seen -= remove
 
     def _rows(self, change: Any) -> None:
+        if not self.kept_whole:
+            self._settled()
         for group in self.groups:
             group.apply(change)
+            if group.chosen is not None:
+                group.chosen = change(group.chosen)
         if self.start is not None and self.start.shape[0] > 1:
             self.start = change(self.start)
+        if self.real is not None and self.real.shape[0] > 1:
+            self.real = change(self.real)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -288,5 +253,7 @@ class SpanLayer(DynamicLayer):
         raise CacheError("cache offloading and per-head spans do not combine; patch with cache='keep'")
 
     def __repr__(self) -> str:
+        if self.kept_whole:
+            return f"SpanLayer(everything kept: {self.kept_whole}; seen {self.seen})"
         spans = ", ".join(f"{list(g.heads)}: {g.sinks}+{g.window or 'all'}" for g in self.groups)
         return f"SpanLayer(kept per KV head {{{spans}}}, seen {self.seen})"

@@ -8,24 +8,39 @@ ring buffer needs no rotation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass
 class KVGroup:
     """KV heads that keep the same tokens.
 
-    heads: KV head indices, length n. key [B, n, S_g, D], value [B, n, S_g, Dv], columns int64 [B, S_g].
+    heads: KV head indices, length n. key [B, n, S_g, D], value [B, n, S_g, Dv]. columns: int64 [B, S_g], or a function
+    that makes them when somebody asks. whole: a query of the newest token reads every slot, as far as the span that the
+    group was kept for goes.
     """
 
-    heads: tuple[int, ...]
-    key: Tensor
-    value: Tensor
-    columns: Tensor
+    def __init__(
+        self,
+        heads: tuple[int, ...],
+        key: Tensor,
+        value: Tensor,
+        columns: Tensor | Callable[[], Tensor],
+        whole: bool = False,
+    ):
+        self.heads, self.key, self.value, self.whole = heads, key, value, whole
+        self._columns = columns
+
+    @property
+    def columns(self) -> Tensor:
+        if not isinstance(self._columns, Tensor):
+            self._columns = self._columns()
+        return self._columns
+
+    def __repr__(self) -> str:
+        return f"KVGroup(heads {list(self.heads)}, {self.key.shape[2]} slots)"
 
 
 class RaggedKV:
@@ -57,7 +72,8 @@ class RaggedKV:
     def as_dtype(self, dtype: torch.dtype) -> RaggedKV:
         """The same tokens in another dtype (what the cache holds stays as it is)."""
         return RaggedKV(
-            [KVGroup(g.heads, g.key.to(dtype), g.value.to(dtype), g.columns) for g in self.groups], self.seen
+            [KVGroup(g.heads, g.key.to(dtype), g.value.to(dtype), g._columns, g.whole) for g in self.groups],
+            self.seen,
         )
 
     def size(self, dim: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from ..cache import SpanLayer, convertible, first_real
+from ..cache import SpanLayer, convertible, first_real, real_with_holes
 from ..errors import CacheError
 from ..forward.needs.base import Given, Need, needs_of
 from ..forward.needs.prompt import SAY_IT
@@ -42,6 +43,7 @@ class SpanCache(Need):
         cache = given.get("past_key_values")
         if not given.has_cache or cache is None:
             return
+        self._note(cache)
         key = (
             tuple(e.enabled for e in self.state.entries),
             running.first_prompt,
@@ -83,6 +85,7 @@ class SpanCache(Need):
             self.state.cache_note = f"cache kept as it is: {problem}"
             return False
         start: Tensor | None = None
+        real = real_with_holes(attention_mask)
         waiting = False
         for layer, spans in wanted.items():
             current = inner.layers[layer]
@@ -90,24 +93,40 @@ class SpanCache(Need):
                 if seen and current.spans != spans:
                     raise _other_spans(cache, current, running)
                 if not seen:
-                    inner.layers[layer] = current = SpanLayer(spans)
+                    inner.layers[layer] = current = SpanLayer(spans, wait=True)
             elif type(current) is not DynamicLayer:
                 self.state.cache_note = f"{type(current).__name__} layers kept as they are"
                 continue
             elif seen:
                 raise refuse_filled(cache, type(current).__name__)
             else:
-                inner.layers[layer] = current = SpanLayer(spans)
+                inner.layers[layer] = current = SpanLayer(spans, wait=True)
             if current.waiting:
                 start = first_real(attention_mask) if start is None else start
                 if start is not None:  # an inner model may get no mask; the outer one has told already
                     current.set_start(start)
                 waiting = True
-        return waiting
+        if real is not None:
+            for layer in wanted:
+                if isinstance(current := inner.layers[layer], SpanLayer):
+                    current.set_real(real)
+        return waiting or real is not None
+
+    def _note(self, cache: Any) -> None:
+        layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+        whole = {layer.kept_whole for layer in layers if isinstance(layer, SpanLayer) and layer.kept_whole}
+        if whole:
+            self.state.cache_note = (
+                f"nothing is freed in layers whose cache is their own: {'; '.join(sorted(whole))}"
+            )
 
 
 def _makes_cache(given: Given) -> bool:
+    """Whether the forward of this very model makes a `DynamicCache` by itself (and no cache of a kind of its own)."""
     config = given.module.config
+    code = getattr(inspect.unwrap(type(given.module).forward), "__code__", None)
+    if code is None or "DynamicCache" not in code.co_names:
+        return False
     use = given.get("use_cache")
     if use is None:
         use = getattr(config.get_text_config(), "use_cache", False)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..cache import SpanLayer
 from ..call.mask import Mask
 from ..call.program import Program, same_state
 from ..call.ragged import RaggedKV
@@ -88,6 +89,7 @@ class PatchStack(nn.Module):
         active = [p for p in self.site_patches() if p.entry.enabled and (aside is None or aside.runs(p))]
         if isinstance(key, RaggedKV) and not any(p.frees_cache for p in active):
             raise evicted(key)
+        settle(running, module, key, value)
         native = lambda: native_attention(module, self.native, query, key, value, attention_mask, kwargs)
         if not active:
             output, weights = native()
@@ -172,6 +174,20 @@ class PatchStack(nn.Module):
         for observer in program.observers:
             observer(program, result.output)
         return result
+
+
+def settle(running: Running | None, module: nn.Module, key: Any, value: Any) -> None:
+    """Tell the cache layer of `module` which keys and values its attention function was called with."""
+    layers = (
+        getattr(getattr(running.cache, "self_attention_cache", running.cache), "layers", None)
+        if running
+        else None
+    )
+    number = getattr(module, "layer_idx", None)
+    if layers is not None and isinstance(number, int) and number < len(layers):
+        layer = layers[number]
+        if isinstance(layer, SpanLayer) and layer.pending is not None:
+            layer.settle(key, value)
 
 
 def _impl(active: list[SitePatch]) -> str:
