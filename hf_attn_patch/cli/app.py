@@ -74,17 +74,20 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
 @app.command("list")
 def list_patches(as_json: AsJson = False) -> None:
     """List the methods."""
-    from ..registry import available
+    from ..registry import available, problems
 
     entries = available()
     if as_json:
-        keys = ("name", "summary", "paper", "arxiv", "parts", "origin")
+        keys = ("name", "summary", "paper", "arxiv", "parts", "origin", "problem", "shadowed")
         print_json([{k: getattr(e, k) for k in keys} for e in entries.values()])
         return
     table = plain_table("method", "what it does", "parts", "arXiv")
     for e in entries.values():
-        table.add_row(f"[bold cyan]{e.name}[/]", escape(e.summary), ", ".join(e.parts), e.arxiv)
+        said = "cannot be used, see below" if e.problem else escape(e.summary)
+        table.add_row(f"[bold cyan]{escape(e.name)}[/]", said, ", ".join(e.parts), e.arxiv)
     out.print(table)
+    for problem in problems():
+        out.print(f"[yellow]plug-in:[/] {escape(problem)}", soft_wrap=True)
     out.print("\n[dim]hf-attn-patch info NAME shows formula, options and source of one method[/dim]")
 
 

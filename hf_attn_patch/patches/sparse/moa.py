@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...call.rules import BlockSinkWindow, SinkWindow
 from ...errors import ConfigError, ModelMismatchError
-from ...registry import Patch, option, register_patch
+from ...options import option, option_file
+from ...registry import Patch, register_patch
 
 if TYPE_CHECKING:
     from ...call.program import Program
@@ -62,7 +62,7 @@ class MoA(Patch):
     head_selectable = False
     frees_cache = True
 
-    plan: dict | str = option(help='official plan JSON {"alphas", "betas"}, or a path to it')
+    plan: dict | str = option(help='official plan JSON {"alphas", "betas"}, or a path to it', path=True)
     sinks: int = option(64, help="sink tokens inside each span (one block in the original)")
     block: int = option(64, help="spans are rounded up to multiples of this many tokens")
     smallest: int = option(128, help="smallest span, in tokens")
@@ -83,12 +83,10 @@ class MoA(Patch):
         self.require(self.max_new_tokens >= 0, "max_new_tokens", ">= 0")
         self.require(self.length is None or self.length >= 1, "length", ">= 1 or None")
         if isinstance(self.plan, str):
-            file = Path(self.plan)
-            if not file.is_file():
-                raise ConfigError(f"moa: plan file {self.plan!r} does not exist")
+            file = self.plan
             try:
-                self.plan = json.loads(file.read_text())
-            except json.JSONDecodeError as error:
+                self.plan = json.loads(option_file("moa", "plan", file, "plan file"))
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ConfigError(f"moa: plan file {file} is not valid JSON: {error}") from error
         self._table = self._read_plan(self.plan)
         shortest = self.plan.get("shortest", 0) if isinstance(self.plan, dict) else 0
@@ -99,7 +97,8 @@ class MoA(Patch):
     def _read_plan(self, plan: Any) -> list[list[tuple[float, float]]]:
         if not isinstance(plan, dict) or not {"alphas", "betas"} <= set(plan):
             raise ConfigError(
-                'moa: a plan is {"alphas": [[...] per layer], "betas": ...}; found ' + repr(plan)[:80]
+                'moa: a plan is {"alphas": [[...] per layer], "betas": ...}; this is '
+                + ("an object without one of them" if isinstance(plan, dict) else f"a {type(plan).__name__}")
             )
         alphas, betas = plan["alphas"], plan["betas"]
         shape = lambda table: [len(row) for row in table]

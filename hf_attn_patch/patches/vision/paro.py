@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from ...call.program import head_selector
 from ...call.rules import ChosenCells
 from ...errors import ConfigError, ModelMismatchError
 from ...model.grids import Grid, configured_grid
-from ...registry import option, register_patch
+from ...options import option, option_file
+from ...registry import register_patch
 from ..on_grid import ChosenOnGrid
 
 if TYPE_CHECKING:
@@ -76,6 +76,14 @@ def rounded(x: Tensor, places: Tensor, block: int) -> Tensor:
     return x + (found - x).detach()
 
 
+def _load(path: str) -> Any:
+    missing = "is no file; write one with `hf-attn-patch calibrate paro`"
+    try:
+        return json.loads(option_file("paro", "plan", path, missing=missing))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"paro: plan file {path} is not valid JSON: {error}") from error
+
+
 @register_patch("paro")
 @dataclass
 class Paro(ChosenOnGrid):
@@ -112,7 +120,7 @@ class Paro(ChosenOnGrid):
     arxiv = "2506.16054"
     exclusive = frozenset({"token order"})
 
-    plan: dict | str | None = option(None, help="plan of `calibrate paro`: a file, or its data")
+    plan: dict | str | None = option(None, help="plan of `calibrate paro`: a file, or its data", path=True)
     int8: bool = option(
         False, help="scores from INT8 queries and keys (accuracy only: no executor is faster by it)"
     )
@@ -126,12 +134,9 @@ class Paro(ChosenOnGrid):
     def validate(self) -> None:
         self.require(self.plan is not None, "plan", "a plan; find one with `hf-attn-patch calibrate paro`")
         if isinstance(self.plan, str):
-            if not Path(self.plan).is_file():
-                raise ConfigError(
-                    f"paro: plan={self.plan!r} is no file; write one with `hf-attn-patch calibrate paro`"
-                )
-            self.plan = json.loads(Path(self.plan).read_text())
-        assert isinstance(self.plan, dict)
+            self.plan = _load(self.plan)
+        if not isinstance(self.plan, dict):
+            raise ConfigError("paro: this is no plan of `calibrate paro`: it is no object")
         try:
             self.size, self.block = tuple(int(n) for n in self.plan["grid"]), int(self.plan["block"])
             count = -(-math.prod(self.size) // self.block)
