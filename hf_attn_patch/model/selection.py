@@ -30,7 +30,8 @@ def _text(term: str, size: int, what: str) -> list[int]:
     ):  # Python slice, end excluded
         return _slice(slice(*(int(p) if p else None for p in match.groups())), size, what)
     raise SelectionError(
-        f"cannot read {what} selector {short(term)}; use 3, -1, 0-3 (inclusive), 2:8 or -2: (Python slices), comma-joined"
+        f"cannot read {what} selector {short(term)}; use 3, -1, 0-3 (inclusive), 2:8 or -2: (Python slices), "
+        "comma-joined"
     )
 
 
