@@ -17,7 +17,6 @@ FILE_BYTES = 16 << 20  # ten times the plan of 128 layers x 128 heads with its i
 DEPTH = 32  # a plan nests five deep
 VALUES = 1_000_000  # that plan has 33 thousand
 NUMBER = 2**31 - 1  # no text has more tokens, and float32 still holds the square of it
-DIGITS = 10  # of NUMBER
 TEXT = 1 << 20  # one text; the blocks of a head of a plan of `paro` take a few thousand characters
 SELECTOR_BYTES = 64 << 10  # of ``layers`` and ``heads``
 
@@ -30,8 +29,8 @@ def printable(text: Any, limit: int = 80) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 
-def parse(raw: bytes, where: Any) -> Any:
-    """JSON data of an adapter from its bytes.
+def parse(raw: bytes, where: Any, largest: int = NUMBER) -> Any:
+    """JSON data of an adapter from its bytes; `largest` bounds its numbers.
 
     Raises:
         AdapterError: no JSON, or more of anything than an adapter ever has; `where` is named.
@@ -60,14 +59,14 @@ def parse(raw: bytes, where: Any) -> Any:
         return found
 
     def integer(digits: str) -> int:
-        if len(digits.lstrip("-")) > DIGITS or abs(int(digits)) > NUMBER:
-            raise fail(f"a number of {len(digits)} digits; the largest an adapter may hold is {NUMBER:,}")
+        if len(digits) > 24 or abs(int(digits)) > largest:
+            raise fail(f"a number of {len(digits)} digits; the largest an adapter may hold is {largest:,}")
         return int(digits)
 
     def real(digits: str) -> float:
         value = float(digits) if len(digits) <= 64 else float("inf")
-        if not abs(value) <= NUMBER:
-            raise fail(f"the number {printable(digits, 24)}; the largest an adapter may hold is {NUMBER:,}")
+        if not abs(value) <= largest:
+            raise fail(f"the number {printable(digits, 24)}; the largest an adapter may hold is {largest:,}")
         return value
 
     def constant(name: str) -> float:

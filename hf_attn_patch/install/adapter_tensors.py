@@ -111,7 +111,9 @@ def read_header(folder: Path, declared: Mapping[str, list[int]] | None) -> dict[
     (length,) = struct.unpack("<Q", start)
     if length > min(FILE_BYTES, size - 8):
         raise damaged(f"its header would be {length:,} bytes long")
-    header = parse(read(folder, TENSORS_NAME, 8 + length)[8 : 8 + length], f"the header of {file}")
+    header = parse(
+        read(folder, TENSORS_NAME, 8 + length)[8 : 8 + length], f"the header of {file}", largest=2**53
+    )
     if not isinstance(header, dict):
         raise damaged("its header is no object")
     header.pop("__metadata__", None)

@@ -16,9 +16,9 @@ from ...call.program import head_selector
 from ...call.rules import ChosenCells
 from ...errors import ConfigError, ModelMismatchError
 from ...model.grids import Grid, configured_grid
-from ...options import option, option_file
+from ...options import option, option_file, short
 from ...registry import register_patch
-from ..on_grid import ChosenOnGrid
+from ..on_grid import LARGEST, ChosenOnGrid
 
 if TYPE_CHECKING:
     from ...call.program import Program
@@ -139,6 +139,8 @@ class Paro(ChosenOnGrid):
             raise ConfigError("paro: this is no plan of `calibrate paro`: it is no object")
         try:
             self.size, self.block = tuple(int(n) for n in self.plan["grid"]), int(self.plan["block"])
+            if min(self.size) < 1 or self.block < 1 or math.prod(self.size) > LARGEST:
+                raise ValueError(f"its grid is {short(self.size)}, in blocks of {self.block}")
             count = -(-math.prod(self.size) // self.block)
             for layer, heads in self.plan["layers"].items():
                 places = torch.stack([slots(self.size, order) for order in heads["orders"]])
@@ -146,9 +148,9 @@ class Paro(ChosenOnGrid):
                 if len(places) != len(blocks):
                     raise ValueError(f"layer {layer} has {len(places)} orders and {len(blocks)} masks")
                 self._layers[int(layer)] = (places, blocks)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise ConfigError(
-                f"paro: this is no plan of `calibrate paro`: {type(error).__name__}: {error}"
+                f"paro: this is no plan of `calibrate paro`: {type(error).__name__}: {short(str(error), 200)}"
             ) from error
         self.require_grid()
 
