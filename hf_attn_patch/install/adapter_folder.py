@@ -166,6 +166,6 @@ def _swap(target: Path, partial: Path, files: dict[str, bytes]) -> None:
         for name in reversed(names):
             if os.path.lexists(old / name):
                 os.replace(old / name, target / name)
-            elif name == TENSORS_NAME and os.path.lexists(target / name) and name in files:
+            elif name in files and not os.path.lexists(partial / name) and os.path.lexists(target / name):
                 os.unlink(target / name)
         raise
