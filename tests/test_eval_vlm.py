@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -567,7 +568,8 @@ def test_more_pictures_of_an_item_stand_beside_its_image():
     result = evaluation.run(Pope(**SMALL), model, processor, limit=2)
     result.attachments[1]["attention <1>"] = "<svg><rect/></svg>"
     html = page.render(result.to_dict(), result.attachments)
-    assert html.count("<svg><rect/></svg><small>attention &lt;1&gt;</small>") == 1
+    source = "data:image/svg+xml;base64," + base64.b64encode(b"<svg><rect/></svg>").decode()
+    assert html.count(f'src="{source}" alt="attention &lt;1&gt;"') == 1
     assert page.render(result.to_dict()).count("data:image") == 0
 
 
