@@ -118,6 +118,29 @@ def test_chair_of_captions_has_the_published_chair_s_and_chair_i_within_a_tenth(
     assert found["recall"] == pytest.approx(100 * data["totals"]["Recall"], abs=1.0)
 
 
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("They were caring and training, then bowling, and booking a boating trip.", []),
+        ("The parking and sheeping of caring, bussing, birding and catting.", []),
+        ("He is skiing, skateboarding and surfboarding.", ["skis", "skateboard", "surfboard"]),
+        ("Cars, trains, bowls and books.", ["car", "train", "bowl", "book"]),
+        (
+            "Two men and a woman.",
+            ["person"],
+        ),  # as published by nltk's lemmas: its dictionary has a noun "men"
+        ("A man, two women and policemen.", ["person", "person", "person"]),
+    ],
+)
+def test_words_that_end_like_objects_are_none(text, names):
+    assert [m.name for m in ObjectWords.coco().mentions(text)] == names
+
+
+def test_men_are_counted_where_a_table_names_them():
+    table = ObjectWords.of({"person": ["man", "men"]})
+    assert [m.name for m in table.mentions("Two men.")] == ["person"]
+
+
 def test_a_caption_that_repeats_itself_is_seen_beside_its_chair():
     data = golden("chair__nltk_lemma")
     rows = [chair.grade(r["caption"], r["gt"], ObjectWords.coco()) for r in data["rows"]]
