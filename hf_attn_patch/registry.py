@@ -15,12 +15,13 @@ import threading
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata  # noqa: F401 (where entry points are looked up, for whoever replaces that)
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import ConfigError, RegistrationError, UnknownPatchError, did_you_mean
 from .method import Method
 from .options import option, option_fields, plain, refuse_paths, typed
+from .plugins import NAME, Plugin, plugins
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,7 +162,7 @@ class Patch:
 Entry = Method  # its old name; `install.state.Entry` is another thing
 _entries: dict[str, Method] = {}
 _scanned = False
-_unreadable: list[str] = []  # entry points that lead to no method at all
+_unreadable: dict[str, str] = {}  # name -> what is wrong with an entry point that leads to no method at all
 _lock = (
     threading.RLock()
 )  # never held while a module is imported: the import lock of another thread may wait for it
@@ -175,7 +176,7 @@ def register_patch(name: str) -> Callable[[P], P]:
         RegistrationError: `name` is taken by something else; both origins are named.
     """
 
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+    if not re.fullmatch(NAME, name):
         raise RegistrationError(f"patch name {name!r} must be an identifier (letters, digits, underscores)")
 
     def decorate(cls: P) -> P:
@@ -229,7 +230,7 @@ def add(method: Method) -> None:
             _entries[method.name] = method
 
 
-def _two(a: Method, b: Method) -> str:
+def _two(a: Method, b: Method | Plugin) -> str:
     return (
         f"two patches are called {a.name!r}: one from {a.origin}, one from {b.origin}. "
         "Rename one of them, or uninstall its package"
@@ -248,28 +249,17 @@ def _scan() -> None:
             return
         for name, method in builtins.items():
             _entries.setdefault(name, method)
-        try:
-            points = list(metadata.entry_points(group=GROUP))
-        except Exception as error:  # the metadata of some installed package is broken
-            points = []
-            _unreadable.append(f"entry points cannot be read: {type(error).__name__}: {error}")
-        for point in points:
-            try:
-                distribution = point.dist.name if point.dist else "unknown package"
-                found = Method(point.name, point.value, f"{distribution} (entry point {point.value})")
-                if not re.fullmatch(r"[A-Za-z_]\w*", found.name):
-                    raise RegistrationError("its name must be an identifier (letters, digits, underscores)")
-                address = found.address
-            except Exception as error:
-                _unreadable.append(f"entry point {getattr(point, 'name', point)!r}: {error}")
-                continue
-            known = _entries.get(found.name)
-            if known is None:
-                _entries[found.name] = found
-            elif found.name in builtins and address != known.address:  # built-ins win
-                known.shadowed += (found.origin,)
-            elif address != known.address:
-                known.problem = known.problem or _two(known, found)
+        for plugin in plugins(GROUP, {name: method.address for name, method in builtins.items()}):
+            known = _entries.get(plugin.name)
+            if plugin.name in builtins:
+                _entries[plugin.name].shadowed += (plugin.origin,)
+            elif not plugin.target or not re.fullmatch(NAME, plugin.name):
+                _unreadable[plugin.name] = plugin.problem
+            elif known is None:
+                found = Method(plugin.name, plugin.target, plugin.origin, problem=plugin.problem)
+                _entries[plugin.name] = found
+            elif known.address != plugin.target:
+                known.problem = plugin.problem or _two(known, plugin)
         _scanned = True
 
 
@@ -285,7 +275,7 @@ def problems() -> list[str]:
     """What is wrong with entry points of other packages, a sentence each; they concern no other method."""
     methods = available().values()
     return [
-        *_unreadable,
+        *_unreadable.values(),
         *(m.problem for m in methods if m.problem),
         *(
             f"{who} claims the name of the built-in {m.name!r} and is not used"
@@ -302,6 +292,8 @@ def get(name: str) -> type[Patch]:
         UnknownPatchError: no such method; the message suggests close names. RegistrationError: it cannot be loaded.
     """
     methods = available()
+    if name in _unreadable:
+        raise RegistrationError(_unreadable[name])
     if name not in methods:
         raise UnknownPatchError(
             f"no patch is called {name!r}.{did_you_mean(name, methods)} Available: {', '.join(methods)}"

@@ -27,7 +27,7 @@ def fresh_registry(monkeypatch):
     """A registry that has not looked around yet."""
     monkeypatch.setattr(registry, "_entries", {})
     monkeypatch.setattr(registry, "_scanned", False)
-    monkeypatch.setattr(registry, "_unreadable", [])
+    monkeypatch.setattr(registry, "_unreadable", {})
 
 
 @pytest.fixture
@@ -167,6 +167,8 @@ def test_list_names_broken_plugins(plugins):
     shown = CliRunner().invoke(app, ["list"], env={"COLUMNS": "200"}).output
     assert "package-a" in shown and "package-c" in shown and "'with.dot'" in shown and "streaming" in shown
     assert "with.dot" not in hap.available()
+    with refused(RegistrationError, "'with.dot'", "dotted", "identifier"):
+        registry.get("with.dot")
 
 
 def test_unreadable_metadata_of_some_package_leaves_the_built_ins(monkeypatch, fresh_registry):

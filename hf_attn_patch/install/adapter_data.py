@@ -18,7 +18,7 @@ DEPTH = 32  # a plan nests five deep
 VALUES = 1_000_000  # that plan has 33 thousand
 NUMBER = 2**31 - 1  # no text has more tokens, and float32 still holds the square of it
 TEXT = 1 << 20  # one text; the blocks of a head of a plan of `paro` take a few thousand characters
-SELECTOR_BYTES = 64 << 10  # of ``layers`` and ``heads``
+SELECTOR_BYTES = 16 << 10  # of ``layers`` and ``heads``, the options they map to aside
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
@@ -162,7 +162,8 @@ def check_config(data: Any, file: Any) -> dict[str, Any]:
         if key in data and (not isinstance(data[key], kinds) or isinstance(data[key], bool)):
             raise damaged(f"{key!r} is {short(data[key])}")
     for key in ("layers", "heads"):
-        if (size := len(json.dumps(data[key]))) > SELECTOR_BYTES:
+        terms = list(data[key]) if isinstance(data[key], dict) else data[key]
+        if (size := len(json.dumps(terms))) > SELECTOR_BYTES:
             raise damaged(f"{key!r} takes {size:,} bytes, at most {SELECTOR_BYTES:,} are read")
     base = data["base_model"]
     if not isinstance(base.get("model_type"), str) or not isinstance(base.get("id", 0), (str, type(None))):
