@@ -120,3 +120,15 @@ def test_metadata_that_cannot_be_read_leaves_the_built_ins(which, restored, monk
     monkeypatch.setattr(metadata, "entry_points", broken)
     house, first, _ = others()[which]
     assert house.get(first)
+
+
+@pytest.mark.parametrize("command", [["tasks"], ["calibrate"]], ids=str)
+def test_lists_of_the_command_line_name_a_broken_plugin(restored, installed, command):
+    from typer.testing import CliRunner
+
+    from hf_attn_patch.cli.app import app
+
+    installed(("mine", "a.b:Mine", "package-a"), ("mine", "c.d:Mine", "package-c"))
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "250"})
+    assert shown.exit_code == 0, shown.output
+    assert "package-a" in shown.output and "mine" in shown.output

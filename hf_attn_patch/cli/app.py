@@ -223,11 +223,15 @@ def tasks(as_json: AsJson = False) -> None:
 
     rows: list[dict[str, Any]] = []
     for entry in registry.available().values():
-        fields = option_fields(entry.load())
-        options = {k: REQUIRED if f.default is dataclasses.MISSING else f.default for k, f in fields.items()}
-        rows.append(
-            {"name": entry.name, "summary": entry.summary, "origin": entry.origin, "options": options}
-        )
+        summary, options = entry.summary, {}
+        try:
+            fields = option_fields(entry.load())
+            options = {
+                k: REQUIRED if f.default is dataclasses.MISSING else f.default for k, f in fields.items()
+            }
+        except registry.TaskError as problem:  # somebody else's
+            summary = f"cannot be used: {problem}"
+        rows.append({"name": entry.name, "summary": summary, "origin": entry.origin, "options": options})
     if as_json:
         print_json(rows)
         return
