@@ -15,7 +15,7 @@ from ..options import short
 
 FILE_BYTES = 16 << 20  # ten times the plan of 128 layers x 128 heads with its indentation
 DEPTH = 32  # a plan nests five deep
-VALUES = 1_000_000  # that plan has 33 thousand
+VALUES = 250_000  # that plan has 33 thousand, sizes of columns and diagonals for it 80 thousand
 NUMBER = 2**31 - 1  # no text has more tokens, and float32 still holds the square of it
 TEXT = 1 << 20  # one text; the blocks of a head of a plan of `paro` take a few thousand characters
 SELECTOR_BYTES = 16 << 10  # of ``layers`` and ``heads``, the options they map to aside
@@ -175,6 +175,8 @@ def check_config(data: Any, file: Any) -> dict[str, Any]:
             and all(_count(site.get(k, -1)) or site.get(k, -1) is None for k in ("heads", "kv_heads"))
         ):
             raise damaged(f"'sites' holds {short(site)}")
+    if len({site["path"] for site in data["sites"]}) != len(data["sites"]):
+        raise damaged("'sites' names one site twice")
     for name, shape in (data["tensors"] or {}).items():
         if not isinstance(shape, list) or not all(map(_count, shape)):
             raise damaged(f"'tensors' gives {printable(name)} the shape {short(shape)}")
