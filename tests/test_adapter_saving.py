@@ -271,3 +271,47 @@ def test_a_folder_below_a_hub_snapshot_is_one_too(tmp_path):
     below.mkdir(parents=True)
     assert adapter_folder.blobs_of(below) == tmp_path / "models--a--b" / "blobs"
     assert adapter_folder.blobs_of(tmp_path) is None
+
+
+def test_many_threads_may_save_to_one_folder(tmp_path):
+    import threading
+
+    models = [model_of("llama") for _ in range(4)]
+    handles = [
+        hap.patch(m, "head_gate", gate=0.125 * (n + 1), trainable_gate=True) for n, m in enumerate(models)
+    ]
+    failures, start = [], threading.Barrier(4)
+
+    def work(handle):
+        try:
+            start.wait()
+            for _ in range(20):
+                handle.save(tmp_path / "adapter")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(h,)) for h in handles]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not failures
+    says, holds = saved_gate(tmp_path / "adapter")
+    assert says == holds
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [TENSORS_NAME, CONFIG_NAME]
+
+
+def test_a_load_during_a_save_never_mixes_the_two(llama, tmp_path, monkeypatch):
+    from hf_attn_patch.install import adapters
+
+    for folder, gate in (("a", 0.5), ("b", 0.25)):
+        with hap.patched(llama, "head_gate", gate=gate, trainable_gate=True) as handle:
+            handle.save(tmp_path / folder)
+    real = adapters.read_tensors
+
+    def meanwhile(folder, header):
+        for name in (TENSORS_NAME, CONFIG_NAME):
+            os.replace(tmp_path / "b" / name, tmp_path / "a" / name)
+        return real(folder, header)
+
+    monkeypatch.setattr(adapters, "read_tensors", meanwhile)
+    with refused(AdapterError, "while it was read"):
+        hap.load(llama, tmp_path / "a")
+    assert not hap.active(llama)

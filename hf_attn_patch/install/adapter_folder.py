@@ -7,6 +7,8 @@ import re
 import shutil
 import stat
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import AdapterError
@@ -122,7 +124,7 @@ def write(directory: str | Path, files: dict[str, bytes]) -> Path:
     target = target_of(directory)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not target.exists()
+        fresh, done = not target.exists(), False
         place = target.parent if fresh else target  # inside, because the folder may be a mount of its own
         partial = place / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
         try:
@@ -132,12 +134,12 @@ def write(directory: str | Path, files: dict[str, bytes]) -> Path:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-            if fresh:
-                os.rename(partial, target)
-            else:
-                _swap(target, partial, files)
+            if not (fresh and _appears(partial, target)):
+                with _alone(target):
+                    _swap(target, partial, files)
+            done = True
         finally:
-            if fresh or not os.path.lexists(partial / "old" / CONFIG_NAME) or written(target):
+            if done or not os.path.lexists(partial / "old" / CONFIG_NAME):
                 shutil.rmtree(partial, ignore_errors=True)  # else it is the only copy of what was there
     except OSError as error:
         raise AdapterError(f"cannot save to {directory}: {error}") from error
@@ -147,6 +149,34 @@ def write(directory: str | Path, files: dict[str, bytes]) -> Path:
 def written(folder: Path) -> bool:
     """True if `folder` holds an adapter."""
     return os.path.lexists(folder / CONFIG_NAME)
+
+
+def _appears(partial: Path, target: Path) -> bool:
+    """Rename `partial` to `target`; False if another rank or thread has made that folder meanwhile."""
+    try:
+        os.rename(partial, target)
+        return True
+    except OSError:
+        if not target.is_dir():
+            raise
+        return False
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One at a time in `folder`, over threads and processes, as far as the file system can; a kill lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks here
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _swap(target: Path, partial: Path, files: dict[str, bytes]) -> None:

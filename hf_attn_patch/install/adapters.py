@@ -155,11 +155,12 @@ def load(
             another model. PatchError: what `patch` refuses. The model is as it was.
     """
     folder = find(directory, revision)
-    data = read_config(folder)
+    said = read(folder, CONFIG_NAME, FILE_BYTES)
+    data = check_config(parse(said, folder / CONFIG_NAME), folder / CONFIG_NAME)
     header = read_header(folder, data["tensors"])
     try:
         with from_a_stranger():
-            return _load(model, folder, data, header, impl)
+            return _load(model, folder, data, header, said, impl)
     except (PatchError, Warning):
         raise
     except Exception as error:  # a method met data that no save() of it writes
@@ -170,7 +171,12 @@ def load(
 
 
 def _load(
-    model: nn.Module, folder: Path, data: dict[str, Any], header: dict[str, Any], impl: str | None
+    model: nn.Module,
+    folder: Path,
+    data: dict[str, Any],
+    header: dict[str, Any],
+    said: bytes,
+    impl: str | None,
 ) -> PatchHandle:
     from ..api import patch
     from .plan import plan
@@ -187,6 +193,10 @@ def _load(
     check_header(header, expected, folder, base_model(model))
     _check_place(made, any(m.trainable for m in expected.values()), bool(expected))
     tensors = read_tensors(folder, header)
+    if (
+        tensors and read(folder, CONFIG_NAME, FILE_BYTES) != said
+    ):  # a save takes the config away first, puts it back last
+        raise AdapterError(f"{folder} was saved to while it was read; load it again")
     check_derived(tensors, derived(planned), set(data.get("changed", ())), folder)
     handle = patch(model, config, **settings)
     try:
