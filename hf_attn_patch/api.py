@@ -90,18 +90,22 @@ def patched(model: nn.Module, name_or_config: str | registry.Patch, **options: A
         handle.remove()
 
 
-def load(model: nn.Module, directory: str | Path, *, impl: str | None = None) -> PatchHandle:
+def load(
+    model: nn.Module, directory: str | Path, *, impl: str | None = None, revision: str | None = None
+) -> PatchHandle:
     """Put a saved patch adapter on `model`.
 
     Args:
         directory: local folder, or a hub id. impl: overrides the saved executor choice.
+        revision: commit, tag or branch of a hub id; a commit pins what is read.
 
     Raises:
-        AdapterError: missing, corrupted, truncated or newer adapter. ModelMismatchError: made for another model.
+        AdapterError: missing, damaged, newer, out of bounds, or an option names a file. ModelMismatchError: made for
+            another model.
     """
     from .install.adapters import load as load_adapter
 
-    return load_adapter(model, directory, impl=impl)
+    return load_adapter(model, directory, impl=impl, revision=revision)
 
 
 @contextmanager

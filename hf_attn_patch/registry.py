@@ -8,18 +8,20 @@ third-party ones come from the entry-point group ``hf_attn_patch.patches``.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
 import re
-import types
+import threading
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata  # noqa: F401 (where entry points are looked up, for whoever replaces that)
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from .errors import ConfigError, RegistrationError, UnknownPatchError, did_you_mean
+from .method import Method
+from .options import option, option_fields, plain, refuse_paths, typed
+from .plugins import NAME, Plugin, plugins
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +31,11 @@ if TYPE_CHECKING:
     from .install.stack import Call
     from .model.sites import Site
 
+__all__ = [
+    "GROUP", "Entry", "Method", "Patch", "add", "available", "build", "get", "option", "option_fields", "options_table",
+    "problems", "register_patch",
+]  # fmt: skip
 GROUP = "hf_attn_patch.patches"
-
-
-def option(
-    default: Any = dataclasses.MISSING, *, help: str, default_factory: Any = dataclasses.MISSING
-) -> Any:
-    """A dataclass field with a help text (shown by ``hf-attn-patch info``)."""
-    return dataclasses.field(default=default, default_factory=default_factory, metadata={"help": help})
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Patch:
 
     def to_dict(self) -> dict[str, Any]:
         """Options as plain JSON data."""
-        return {f.name: _plain(getattr(self, f.name)) for f in option_fields(type(self))}
+        return {f.name: plain(getattr(self, f.name)) for f in option_fields(type(self))}
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Patch:
@@ -118,6 +117,7 @@ class Patch:
 
         Raises:
             ConfigError: unknown option, wrong type or value out of range; the message names all of it.
+            AdapterError: an adapter is being loaded, and an option is a path instead of data.
         """
         fields = {f.name: f for f in option_fields(cls)}
         unknown = [k for k in options if k not in fields]
@@ -128,17 +128,18 @@ class Patch:
                 f"Options: {', '.join(fields) or 'none'}"
             )
         hints_of = typing.get_type_hints(cls)
-        typed = {k: _typed(cls.name, k, v, hints_of[k]) for k, v in options.items()}
+        refuse_paths(cls.name, fields, hints_of, options)
+        values = {k: typed(cls.name, k, v, hints_of[k]) for k, v in options.items()}
         missing = [
             f.name
             for f in fields.values()
-            if f.name not in typed
+            if f.name not in values
             and f.default is dataclasses.MISSING
             and f.default_factory is dataclasses.MISSING
         ]
         if missing:
             raise ConfigError(f"{cls.name}: option {', '.join(map(repr, missing))} is required")
-        config = cls(**typed)
+        config = cls(**values)
         config.validate()
         return config
 
@@ -150,134 +151,16 @@ class Patch:
             )
 
 
-def option_fields(cls: type[Patch]) -> list[dataclasses.Field]:
-    """The fields of a method that are options (private state of a dataclass is not)."""
-    return [f for f in dataclasses.fields(cls) if f.init]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return value
-
-
-def _typed(name: str, option_name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type (lists become tuples, ints become floats); ConfigError if it cannot be."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-
-    def fail() -> ConfigError:
-        text = getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
-        return ConfigError(
-            f"{name}: {option_name}={value!r} has type {type(value).__name__}, expected {text}"
-        )
-
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        for choice in args:
-            try:
-                return _typed(name, option_name, value, choice)
-            except ConfigError:
-                continue
-        raise fail()
-    if hint is type(None):
-        if value is None:
-            return None
-        raise fail()
-    if origin is typing.Literal:
-        if value in args:
-            return value
-        raise ConfigError(f"{name}: {option_name}={value!r} is not one of {', '.join(map(repr, args))}")
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise fail()
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_typed(name, option_name, v, args[0]) for v in value)
-        if len(args) != len(value):
-            raise fail()
-        return tuple(_typed(name, option_name, v, a) for v, a in zip(value, args))
-    if origin is list:
-        if not isinstance(value, (list, tuple)):
-            raise fail()
-        return [_typed(name, option_name, v, args[0]) for v in value]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise fail()
-        return value
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        raise fail()
-    if hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        raise fail()
-    if hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        raise fail()
-    if isinstance(hint, type) and isinstance(value, hint):
-        return value
-    raise fail()
-
-
 # -- registry ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Entry:
-    """One registered method: `target` is the class or "module:Class"; `origin` says who registered it."""
-
-    name: str
-    target: type[Patch] | str
-    origin: str
-    summary: str = ""
-    paper: str = ""
-    arxiv: str = ""
-    parts: tuple[str, ...] = ()
-
-    @property
-    def address(self) -> str:
-        """Where the class lives, as "module:Class", imported or not."""
-        if isinstance(self.target, str):
-            return self.target.split("[")[0].strip()  # an entry point may name extras
-        return f"{self.target.__module__}:{self.target.__qualname__}"
-
-    def load(self) -> type[Patch]:
-        """The class, imported on first use.
-
-        Raises:
-            RegistrationError: the target does not lead to a `Patch` dataclass.
-        """
-        if isinstance(self.target, str):
-            module, _, attribute = self.address.partition(":")
-            try:
-                found = getattr(importlib.import_module(module), attribute)
-            except Exception as error:  # somebody else's module may fail in any way
-                raise RegistrationError(
-                    f"patch {self.name!r} from {self.origin} points to {self.target!r}, which cannot be loaded: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            self.target = found
-        cls = self.target
-        if not (isinstance(cls, type) and issubclass(cls, Patch) and "__dataclass_fields__" in vars(cls)):
-            raise RegistrationError(
-                f"patch {self.name!r} from {self.origin} is {cls!r}, not a Patch dataclass (@dataclass is inherited "
-                "by no subclass: put it on this class, below @register_patch)"
-            )
-        if cls.name != self.name:
-            cls.name = self.name
-        return cls
-
-    def __str__(self) -> str:
-        source = f" [{self.paper}{', arXiv ' + self.arxiv if self.arxiv else ''}]" if self.paper else ""
-        return f"{self.name}: {self.summary}{source}"
-
-
-_entries: dict[str, Entry] = {}
+Entry = Method  # its old name; `install.state.Entry` is another thing
+_entries: dict[str, Method] = {}
 _scanned = False
+_unreadable: dict[str, str] = {}  # name -> what is wrong with an entry point that leads to no method at all
+_lock = (
+    threading.RLock()
+)  # never held while a module is imported: the import lock of another thread may wait for it
 P = TypeVar("P", bound=type[Patch])
 
 
@@ -288,7 +171,7 @@ def register_patch(name: str) -> Callable[[P], P]:
         RegistrationError: `name` is taken by something else; both origins are named.
     """
 
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+    if not re.fullmatch(NAME, name):
         raise RegistrationError(f"patch name {name!r} must be an identifier (letters, digits, underscores)")
 
     def decorate(cls: P) -> P:
@@ -301,7 +184,7 @@ def register_patch(name: str) -> Callable[[P], P]:
             if _has_source(cls)
             else cls.__module__
         )
-        add(Entry(name, cls, origin, cls.summary, cls.paper, cls.arxiv, tuple(cls.parts)))
+        add(Method(name, cls, origin, cls.summary, cls.paper, cls.arxiv, tuple(cls.parts)))
         return cls
 
     return decorate
@@ -315,51 +198,102 @@ def _has_source(cls: type) -> bool:
         return False
 
 
-def add(entry: Entry) -> None:
-    """Add an entry; the class a lazy string pointed to may take its place."""
-    known = _entries.get(entry.name)
-    if known is not None and known.address != entry.address:
-        raise RegistrationError(
-            f"two patches are called {entry.name!r}: one from {known.origin}, one from {entry.origin}. "
-            "Rename one of them, or uninstall its package"
-        )
-    # a class knows more than the text that points to it
-    if known is None or not isinstance(entry.target, str):
-        _entries[entry.name] = entry
+def _builtins() -> dict[str, Method]:
+    from .patches import BUILTIN
+
+    return {
+        name: Method(name, target, "hf_attn_patch", summary, paper, arxiv, parts)
+        for name, (target, summary, paper, arxiv, parts) in BUILTIN.items()
+    }
+
+
+def add(method: Method) -> None:
+    """Add a method; the class a lazy string pointed to may take its place.
+
+    Raises:
+        RegistrationError: another method of that name is registered, or built in.
+    """
+    builtins = _builtins()
+    with _lock:
+        known = _entries.get(method.name) or builtins.get(method.name)
+        if known is not None and known.address != method.address:
+            raise RegistrationError(_two(known, method))
+        # a class knows more than the text that points to it
+        if known is None or method.name not in _entries or not isinstance(method.target, str):
+            method.problem = known.problem if known is not None else ""
+            method.shadowed = known.shadowed if known is not None else ()
+            _entries[method.name] = method
+
+
+def _two(a: Method, b: Method | Plugin) -> str:
+    return (
+        f"two patches are called {a.name!r}: one from {a.origin}, one from {b.origin}. "
+        "Rename one of them, or uninstall its package"
+    )
 
 
 def _scan() -> None:
+    """Look for entry points, once. What is wrong with one of them is kept for whoever asks for that name: somebody
+    else's package never makes another method fail."""
     global _scanned
     if _scanned:
         return
-    from .patches import BUILTIN
+    builtins = _builtins()
+    with _lock:
+        if _scanned:
+            return
+        for name, method in builtins.items():
+            _entries.setdefault(name, method)
+        for plugin in plugins(GROUP, {name: method.address for name, method in builtins.items()}):
+            known = _entries.get(plugin.name)
+            if plugin.name in builtins:
+                _entries[plugin.name].shadowed += (plugin.origin,)
+            elif not plugin.target or not re.fullmatch(NAME, plugin.name):
+                _unreadable[plugin.name] = plugin.problem
+            elif known is None:
+                found = Method(plugin.name, plugin.target, plugin.origin, problem=plugin.problem)
+                _entries[plugin.name] = found
+            elif known.address != plugin.target:
+                known.problem = plugin.problem or _two(known, plugin)
+        _scanned = True
 
-    for name, (target, summary, paper, arxiv, parts) in BUILTIN.items():
-        add(Entry(name, target, "hf_attn_patch", summary, paper, arxiv, parts))
-    for point in metadata.entry_points(group=GROUP):
-        distribution = point.dist.name if point.dist else "unknown package"
-        add(Entry(point.name, point.value, f"{distribution} (entry point {point.value})"))
-    _scanned = True  # only now: a collision is reported every time, not once
 
-
-def available() -> dict[str, Entry]:
-    """Every registered method by name, without importing any of them."""
+def available() -> dict[str, Method]:
+    """Every registered method by name, without importing any of them. Those that cannot be used are among them:
+    `Method.problem` says why."""
     _scan()
-    return dict(sorted(_entries.items()))
+    with _lock:
+        return dict(sorted(_entries.items()))
+
+
+def problems() -> list[str]:
+    """What is wrong with entry points of other packages, a sentence each; they concern no other method."""
+    methods = available().values()
+    return [
+        *_unreadable.values(),
+        *(m.problem for m in methods if m.problem),
+        *(
+            f"{who} claims the name of the built-in {m.name!r} and is not used"
+            for m in methods
+            for who in m.shadowed
+        ),
+    ]
 
 
 def get(name: str) -> type[Patch]:
     """The class of method `name`.
 
     Raises:
-        UnknownPatchError: no such method; the message suggests close names.
+        UnknownPatchError: no such method; the message suggests close names. RegistrationError: it cannot be loaded.
     """
-    _scan()
-    if name not in _entries:
+    methods = available()
+    if name in _unreadable:
+        raise RegistrationError(_unreadable[name])
+    if name not in methods:
         raise UnknownPatchError(
-            f"no patch is called {name!r}.{did_you_mean(name, _entries)} Available: {', '.join(sorted(_entries))}"
+            f"no patch is called {name!r}.{did_you_mean(name, methods)} Available: {', '.join(methods)}"
         )
-    return _entries[name].load()
+    return methods[name].load()
 
 
 def build(name_or_config: str | Patch, options: dict[str, Any]) -> Patch:
@@ -390,7 +324,7 @@ def options_table(cls: type[Patch]) -> list[dict[str, Any]]:
             {
                 "name": f.name,
                 "type": text,
-                "default": "required" if required else json.dumps(_plain(default)),
+                "default": "required" if required else json.dumps(plain(default)),
                 "help": f.metadata.get("help", ""),
             }
         )

@@ -180,3 +180,20 @@ def test_xattention_reads_less_and_is_dense_when_it_decodes():
             step = model(input_ids=inputs["input_ids"][:, :1], past_key_values=copy.deepcopy(cache)).logits
     with torch.no_grad():  # the same cache, nothing patched
         close(step, model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache).logits)
+
+
+@pytest.mark.parametrize("score", ["mean", "minmax", "antidiagonal"])
+def test_a_block_far_beyond_the_text_is_one_block_of_it(score):
+    """And costs no more memory than that: 2^31 - 8 tokens of padding would be 200 GB here."""
+    import hf_attn_patch as hap
+
+    from .small import close, inputs_of, model_of, output
+
+    model = model_of("llama")
+    inputs = inputs_of(model, length=16)
+    outputs = {}
+    for block in (2**31 - 8, 16):
+        with hap.patched(model, "block_topk", block=block, topk=1, score=score):
+            outputs[block] = output(model, inputs, use_cache=False)
+    close(outputs[2**31 - 8], outputs[16])
+    close(outputs[16], output(model, inputs, use_cache=False))

@@ -68,3 +68,67 @@ def test_listing_imports_no_task_and_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Fake entry points of any group: ``installed((name, value, distribution), ...)``."""
+    from importlib import metadata
+    from types import SimpleNamespace
+
+    def install(*points):
+        found = [SimpleNamespace(name=n, value=v, dist=SimpleNamespace(name=d)) for n, v, d in points]
+        monkeypatch.setattr(metadata, "entry_points", lambda **_: found)
+
+    return install
+
+
+def others():
+    from hf_attn_patch.calibration import calibrator
+    from hf_attn_patch.decoding import base as decoding
+
+    return [(registry, "perplexity", "passkey"), (calibrator, "moa", "duo"), (decoding, "vcd", "icd")]
+
+
+@pytest.mark.parametrize("which", range(3), ids=["tasks", "calibrators", "decodings"])
+def test_a_broken_plugin_concerns_nobody_else(which, restored, installed):
+    house, first, second = others()[which]
+    installed(
+        (first, "evil.pkg:Other", "evil"),
+        ("mine", "a.b:Mine", "package-a"),
+        ("mine", "c.d:Mine", "package-c"),
+        ("lost", "no_such_module:X", "lost-package"),
+    )
+    assert house.get(first).__module__.startswith("hf_attn_patch.")  # the built-in wins
+    assert house.get(second)
+    assert {"mine", "lost", first} <= set(house.available())
+    for _ in range(2):
+        with pytest.raises(Exception) as refusal:
+            house.get("mine")
+        assert "package-a" in str(refusal.value) and "package-c" in str(refusal.value)
+    with pytest.raises((ValueError, RuntimeError), match="no_such_module"):
+        house.get("lost")
+
+
+@pytest.mark.parametrize("which", range(3), ids=["tasks", "calibrators", "decodings"])
+def test_metadata_that_cannot_be_read_leaves_the_built_ins(which, restored, monkeypatch):
+    from importlib import metadata
+
+    def broken(**_):
+        raise ValueError("no Name in METADATA")
+
+    monkeypatch.setattr(metadata, "entry_points", broken)
+    house, first, _ = others()[which]
+    assert house.get(first)
+
+
+@pytest.mark.parametrize("command", [["tasks"], ["calibrate"]], ids=str)
+def test_lists_of_the_command_line_name_a_broken_plugin(restored, installed, command):
+    from typer.testing import CliRunner
+
+    from hf_attn_patch.cli.app import app
+
+    installed(("mine", "a.b:Mine", "package-a"), ("mine", "c.d:Mine", "package-c"))
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "250"})
+    assert shown.exit_code == 0, shown.output
+    assert "package-a" in shown.output and "mine" in shown.output

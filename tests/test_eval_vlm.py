@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -115,6 +116,29 @@ def test_chair_of_captions_has_the_published_chair_s_and_chair_i_within_a_tenth(
     assert found["chair_s"] == pytest.approx(100 * data["totals"]["CHAIRs"])
     assert found["chair_i"] == pytest.approx(100 * data["totals"]["CHAIRi"], abs=0.1)
     assert found["recall"] == pytest.approx(100 * data["totals"]["Recall"], abs=1.0)
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("They were caring and training, then bowling, and booking a boating trip.", []),
+        ("The parking and sheeping of caring, bussing, birding and catting.", []),
+        ("He is skiing, skateboarding and surfboarding.", ["skis", "skateboard", "surfboard"]),
+        ("Cars, trains, bowls and books.", ["car", "train", "bowl", "book"]),
+        (
+            "Two men and a woman.",
+            ["person"],
+        ),  # as published by nltk's lemmas: its dictionary has a noun "men"
+        ("A man, two women and policemen.", ["person", "person", "person"]),
+    ],
+)
+def test_words_that_end_like_objects_are_none(text, names):
+    assert [m.name for m in ObjectWords.coco().mentions(text)] == names
+
+
+def test_men_are_counted_where_a_table_names_them():
+    table = ObjectWords.of({"person": ["man", "men"]})
+    assert [m.name for m in table.mentions("Two men.")] == ["person"]
 
 
 def test_a_caption_that_repeats_itself_is_seen_beside_its_chair():
@@ -567,7 +591,8 @@ def test_more_pictures_of_an_item_stand_beside_its_image():
     result = evaluation.run(Pope(**SMALL), model, processor, limit=2)
     result.attachments[1]["attention <1>"] = "<svg><rect/></svg>"
     html = page.render(result.to_dict(), result.attachments)
-    assert html.count("<svg><rect/></svg><small>attention &lt;1&gt;</small>") == 1
+    source = "data:image/svg+xml;base64," + base64.b64encode(b"<svg><rect/></svg>").decode()
+    assert html.count(f'src="{source}" alt="attention &lt;1&gt;"') == 1
     assert page.render(result.to_dict()).count("data:image") == 0
 
 

@@ -27,6 +27,7 @@ def fresh_registry(monkeypatch):
     """A registry that has not looked around yet."""
     monkeypatch.setattr(registry, "_entries", {})
     monkeypatch.setattr(registry, "_scanned", False)
+    monkeypatch.setattr(registry, "_unreadable", {})
 
 
 @pytest.fixture
@@ -135,11 +136,96 @@ def test_plugin_that_was_imported_first_does_not_collide_with_its_own_entry_poin
     assert hap.available()["last_half"].summary
 
 
-def test_collision_names_both_origins_every_time(plugins):
+def test_collision_names_both_origins_every_time_and_concerns_nobody_else(plugins):
     plugins(("mine", "a.b:Mine", "package-a"), ("mine", "c.d:Mine", "package-c"))
     for _ in range(2):
         with refused(RegistrationError, "'mine'", "package-a", "package-c", "Rename"):
-            hap.available()
+            registry.get("mine")
+        assert "package-c" in str(hap.available()["mine"])
+        assert registry.get("streaming").name == "streaming"
+    assert len(registry.problems()) == 1
+
+
+def test_built_in_wins_over_an_entry_point_of_its_name_and_says_so(plugins):
+    plugins(("streaming", "evil.pkg:Other", "evil-package"), ("streaming", "more.pkg:Other", "more"))
+    for name in ("head_gate", "streaming"):
+        with hap.patched(model_of("llama"), name):
+            pass
+    assert registry.get("streaming").__module__.startswith("hf_attn_patch.")
+    assert "evil-package" in str(hap.available()["streaming"])
+    assert [w in p for w, p in zip(("evil-package", "more"), registry.problems())] == [True, True]
+
+
+def test_list_names_broken_plugins(plugins):
+    from typer.testing import CliRunner
+
+    from hf_attn_patch.cli.app import app
+
+    plugins(
+        ("mine", "a.b:Mine", "package-a"), ("mine", "c.d:Mine", "package-c"), ("with.dot", "e.f:G", "dotted")
+    )
+    shown = CliRunner().invoke(app, ["list"], env={"COLUMNS": "200"}).output
+    assert "package-a" in shown and "package-c" in shown and "'with.dot'" in shown and "streaming" in shown
+    assert "with.dot" not in hap.available()
+    with refused(RegistrationError, "'with.dot'", "dotted", "identifier"):
+        registry.get("with.dot")
+
+
+def test_unreadable_metadata_of_some_package_leaves_the_built_ins(monkeypatch, fresh_registry):
+    def broken(**_):
+        raise ValueError("no Name in METADATA")
+
+    monkeypatch.setattr(metadata, "entry_points", broken)
+    assert registry.get("streaming").name == "streaming"
+    assert "no Name in METADATA" in registry.problems()[0]
+
+
+def test_an_entry_point_whose_distribution_cannot_be_read_is_named(monkeypatch, fresh_registry):
+    class Point:
+        name, value = "odd", "odd.pkg:Odd"
+
+        @property
+        def dist(self):
+            raise OSError("metadata is gone")
+
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: [Point()])
+    assert registry.get("head_gate").name == "head_gate" and "odd" not in hap.available()
+    assert "metadata is gone" in registry.problems()[0]
+
+
+def test_plugin_that_exits_while_importing_names_its_package(plugins, monkeypatch):
+    plugin_module(monkeypatch, "quitter", "raise SystemExit(3)")
+    plugins(("quits", "quitter:X", "quitting-package"))
+    with refused(RegistrationError, "quitting-package", "SystemExit"):
+        registry.get("quits")
+
+
+def test_many_threads_may_scan_and_register_at_once(plugins, monkeypatch):
+    import threading
+    import time
+
+    plugins(*((f"lazy{i}", f"lazy_{i}:X", "lazies") for i in range(20)))
+    whole, failures, start = metadata.entry_points, [], threading.Barrier(8)
+
+    def slow(*, group):
+        time.sleep(0.02)  # the scan is caught half-way by the others
+        return whole(group=group)
+
+    monkeypatch.setattr(metadata, "entry_points", slow)
+
+    def work(number):
+        try:
+            start.wait()
+            own = dataclass(type(f"Own{number}", (Patch,), {"__doc__": "Own.", "__module__": f"m{number}"}))
+            registry.register_patch(f"own{number}")(own)
+            assert {"streaming", "lazy0", "lazy19", f"own{number}"} <= set(hap.available())
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not failures
+    assert {f"own{n}" for n in range(8)} <= set(hap.available())
 
 
 @pytest.mark.parametrize("scan_first", [True, False])

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import CompositionError, PatchError, did_you_mean
+from ..plugins import plugins
 
 GROUP = "hf_attn_patch.calibrators"
 Progress = Callable[[str, int, int], None]  # (step, units done, units in all)
@@ -162,12 +162,15 @@ class Entry:
     name: str
     target: str
     summary: str
+    problem: str = ""
 
     def load(self) -> type[Calibrator]:
+        if self.problem:
+            raise CalibrationError(self.problem)
         module, _, attribute = self.target.partition(":")
         try:
             cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (Exception, SystemExit) as error:  # somebody else's module may fail in any way
             raise CalibrationError(
                 f"calibrator {self.name!r} cannot be loaded from {self.target}: {error}"
             ) from error
@@ -197,8 +200,9 @@ _BUILTIN = (
 def available() -> dict[str, Entry]:
     """Name -> entry, installed plug-ins included."""
     entries = {e.name: e for e in _BUILTIN}
-    for point in metadata.entry_points(group=GROUP):
-        entries.setdefault(point.name, Entry(point.name, point.value, ""))
+    for plugin in plugins(GROUP, {e.name: e.target for e in _BUILTIN}):
+        if plugin.target:
+            entries.setdefault(plugin.name, Entry(plugin.name, plugin.target, "", plugin.problem))
     return entries
 
 

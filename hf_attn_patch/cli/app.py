@@ -74,17 +74,20 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
 @app.command("list")
 def list_patches(as_json: AsJson = False) -> None:
     """List the methods."""
-    from ..registry import available
+    from ..registry import available, problems
 
     entries = available()
     if as_json:
-        keys = ("name", "summary", "paper", "arxiv", "parts", "origin")
+        keys = ("name", "summary", "paper", "arxiv", "parts", "origin", "problem", "shadowed")
         print_json([{k: getattr(e, k) for k in keys} for e in entries.values()])
         return
     table = plain_table("method", "what it does", "parts", "arXiv")
     for e in entries.values():
-        table.add_row(f"[bold cyan]{e.name}[/]", escape(e.summary), ", ".join(e.parts), e.arxiv)
+        said = "cannot be used, see below" if e.problem else escape(e.summary)
+        table.add_row(f"[bold cyan]{escape(e.name)}[/]", said, ", ".join(e.parts), e.arxiv)
     out.print(table)
+    for problem in problems():
+        out.print(f"[yellow]plug-in:[/] {escape(problem)}", soft_wrap=True)
     out.print("\n[dim]hf-attn-patch info NAME shows formula, options and source of one method[/dim]")
 
 
@@ -220,11 +223,15 @@ def tasks(as_json: AsJson = False) -> None:
 
     rows: list[dict[str, Any]] = []
     for entry in registry.available().values():
-        fields = option_fields(entry.load())
-        options = {k: REQUIRED if f.default is dataclasses.MISSING else f.default for k, f in fields.items()}
-        rows.append(
-            {"name": entry.name, "summary": entry.summary, "origin": entry.origin, "options": options}
-        )
+        summary, options = entry.summary, {}
+        try:
+            fields = option_fields(entry.load())
+            options = {
+                k: REQUIRED if f.default is dataclasses.MISSING else f.default for k, f in fields.items()
+            }
+        except registry.TaskError as problem:  # somebody else's
+            summary = f"cannot be used: {problem}"
+        rows.append({"name": entry.name, "summary": summary, "origin": entry.origin, "options": options})
     if as_json:
         print_json(rows)
         return

@@ -85,7 +85,11 @@ def list_calibrators(as_json: bool) -> None:
 
     rows: list[dict[str, Any]] = []
     for entry in base.available().values():
-        fields: Any = dataclasses.fields(entry.load())  # type: ignore[arg-type]
+        try:
+            fields: Any = dataclasses.fields(entry.load())  # type: ignore[arg-type]
+        except base.CalibrationError as problem:  # somebody else's
+            rows.append({"name": entry.name, "summary": f"cannot be used: {problem}", "options": {}})
+            continue
         options = {
             f.name: f.default if f.default is not dataclasses.MISSING else None for f in fields if f.init
         }

@@ -6,12 +6,12 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import ConfigError, ModelMismatchError, RegistrationError, UnknownPatchError, did_you_mean
 from ..forward.needs.images import image_token_ids
 from ..model.sites import base_model
+from ..plugins import plugins
 from ..registry import Patch, option
 
 if TYPE_CHECKING:
@@ -156,16 +156,15 @@ def _address(cls: type) -> str:
 
 def available() -> list[str]:
     """Names of all two-stream methods, built-in and from the entry points ``hf_attn_patch.decodings``."""
-    for point in metadata.entry_points(group=GROUP):
-        _known.setdefault(point.name, point.value)
-    return sorted({**BUILTIN, **_known})
+    return sorted({**BUILTIN, **_known, **{p.name: p for p in plugins(GROUP, BUILTIN) if p.target}})
 
 
 def get(name: str) -> type[Decoding]:
     """The class of method `name`.
 
     Raises:
-        UnknownPatchError: no such method; the message suggests close names.
+        UnknownPatchError: no such method; the message suggests close names. RegistrationError: it cannot be loaded, or
+            two packages claim the name.
     """
     names = available()
     if name not in names:
@@ -173,9 +172,19 @@ def get(name: str) -> type[Decoding]:
             f"no decoding is called {name!r}.{did_you_mean(name, names)} Available: {', '.join(names)}"
         )
     target: Any = _known.get(name, BUILTIN.get(name))
+    plugin = next((p for p in plugins(GROUP, BUILTIN) if p.name == name and name not in BUILTIN), None)
+    if plugin is not None and plugin.problem:
+        raise RegistrationError(plugin.problem)
+    target = plugin.target if target is None and plugin is not None else target
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
-        target = getattr(importlib.import_module(module), attribute)
+        try:
+            target = getattr(importlib.import_module(module), attribute)
+        except (Exception, SystemExit) as error:  # somebody else's module may fail in any way
+            raise RegistrationError(
+                f"decoding {name!r} from {plugin.origin if plugin else 'hf_attn_patch'} points to {target!r}, which "
+                f"cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
         _known[name] = target
     return target
 

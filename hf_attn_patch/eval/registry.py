@@ -11,8 +11,10 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata  # noqa: F401 (where entry points are looked up, for whoever replaces that)
 from typing import Any, TypeVar
+
+from ..plugins import plugins
 
 ENTRY_POINTS = "hf_attn_patch.tasks"
 
@@ -29,21 +31,25 @@ class TaskEntry:
     target: str | type
     summary: str
     origin: str
+    problem: str = ""
 
     def load(self) -> type:
         """The task class, imported on first use.
 
         Raises:
-            TaskError: the target is not there, or is no `Task`.
+            TaskError: the target is not there, or is no `Task`, or two packages claim the name.
         """
         from .task import Task
+
+        if self.problem:
+            raise TaskError(self.problem)
 
         found: Any = self.target
         if isinstance(found, str):
             module, _, name = found.partition(":")
             try:
                 found = getattr(importlib.import_module(module), name)
-            except (ImportError, AttributeError) as error:
+            except (Exception, SystemExit) as error:  # somebody else's module
                 raise TaskError(
                     f"task {self.name!r} ({self.origin}) cannot be loaded from {self.target}: {error}"
                 ) from error
@@ -115,10 +121,30 @@ def _add(entry: TaskEntry) -> None:
 
 def available() -> dict[str, TaskEntry]:
     """Name -> entry of every known task, installed plug-ins included; imports no task."""
-    for point in metadata.entry_points(group=ENTRY_POINTS):
-        origin = f"entry point of {point.dist.name}" if point.dist else "entry point"
-        _add(TaskEntry(point.name, point.value, "", origin))
-    return dict(_ENTRIES)
+    entries = dict(_ENTRIES)
+    builtin = {
+        e.name: e.target
+        for e in entries.values()
+        if e.origin == "hf_attn_patch" and isinstance(e.target, str)
+    }
+    for plugin in plugins(ENTRY_POINTS, builtin):
+        known, problem = entries.get(plugin.name), plugin.problem
+        if plugin.name in builtin or not plugin.target:
+            continue  # the built-in wins; metadata that cannot be read names nothing
+        if known is not None and _address(known) != plugin.target:
+            problem = problem or (
+                f"two tasks are called {plugin.name!r}: one from {known.origin}, one from {plugin.origin}. "
+                "Rename one of them."
+            )
+        elif known is not None:
+            continue  # imported already
+        entries[plugin.name] = TaskEntry(plugin.name, plugin.target, "", plugin.origin, problem)
+    return entries
+
+
+def _address(entry: TaskEntry) -> str:
+    target = entry.target
+    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
 
 
 def get(name: str) -> type:

@@ -14,10 +14,10 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelMismatchError
+from ..options import option_file, short
 from .sites import Site
 
 KINDS = ("q", "kv")
@@ -122,23 +122,20 @@ class HeadSet:
         return notes
 
 
-def plain(source: Any, who: str) -> Any:
+def plain(source: Any, who: str, option_name: str = "head_set") -> Any:
     """The JSON data of a head set given as a path or as data (keys become text, as JSON has no others).
 
     Raises:
-        ConfigError: no such file, or not JSON.
+        ConfigError: no such file, or not JSON. AdapterError: an adapter names a file.
     """
     if isinstance(source, str):
-        file = Path(source)
-        if not file.is_file():
-            raise ConfigError(f"{who}: head-set file {source!r} does not exist")
         try:
-            return json.loads(file.read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{who}: head-set file {file} is not valid JSON: {error}") from error
+            return json.loads(option_file(who, option_name, source, "head-set file"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"{who}: head-set file {source} is not valid JSON: {error}") from error
     try:
         return json.loads(json.dumps(source))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{who}: the head set is not JSON data: {error}") from error
 
 
@@ -162,22 +159,24 @@ def read(data: Any, who: str) -> HeadSet:
     heads, models, objectives = [], [], []
     for entry in data:
         if not isinstance(entry, dict):
-            raise ConfigError(f"{who}: head-set entry {entry!r} is no object with 'layer' and 'head'")
+            raise ConfigError(f"{who}: head-set entry {short(entry)} is no object with 'layer' and 'head'")
         entry = {**common, **entry}
         for name in ("layer", "head"):
             value = entry.get(name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(
-                    f"{who}: head-set entry {entry!r} has {name}={value!r}, expected a number >= 0"
+                    f"{who}: head-set entry {short(entry)} has {name}={short(value)}, expected a number >= 0"
                 )
         kind, score = entry.get("kind", "q"), entry.get("score")
         if kind not in KINDS:
-            raise ConfigError(f"{who}: head-set entry {entry!r} has kind={kind!r}, expected 'q' or 'kv'")
+            raise ConfigError(
+                f"{who}: head-set entry {short(entry)} has kind={short(kind)}, expected 'q' or 'kv'"
+            )
         if score is not None and (
             not isinstance(score, (int, float)) or isinstance(score, bool) or not math.isfinite(score)
         ):
             raise ConfigError(
-                f"{who}: head-set entry {entry!r} has score={score!r}, expected a finite number"
+                f"{who}: head-set entry {short(entry)} has score={short(score)}, expected a finite number"
             )
         heads.append(Head(entry["layer"], entry["head"], kind, None if score is None else float(score)))
         models.append(entry.get("model"))
@@ -196,10 +195,12 @@ def _of_key(key: str, value: Any, who: str) -> list[dict[str, Any]]:
     if match := re.fullmatch(r"(\d+)-(\d+)", key):
         scores = value if isinstance(value, list) else [value]
         if not scores or not all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores):
-            raise ConfigError(f"{who}: head {key!r} maps to {value!r}, expected a score or a list of scores")
+            raise ConfigError(
+                f"{who}: head {short(key)} maps to {short(value)}, expected a score or a list of scores"
+            )
         return [{"layer": int(match[1]), "head": int(match[2]), "score": sum(scores) / len(scores)}]
     if not re.fullmatch(r"\d+", key):
-        raise ConfigError(f"{who}: {key!r} is no layer number (nor 'layer-head')")
+        raise ConfigError(f"{who}: {short(key)} is no layer number (nor 'layer-head')")
     if not isinstance(value, list):
-        raise ConfigError(f"{who}: layer {key} maps to {value!r}, expected a list of query heads")
+        raise ConfigError(f"{who}: layer {key} maps to {short(value)}, expected a list of query heads")
     return [{"layer": int(key), "head": head} for head in value]

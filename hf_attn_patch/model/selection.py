@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import SelectionError
+from ..options import short
 
+TERMS = 4096  # of one text: more than any model has heads
 Selector = int | slice | str | Iterable[Any] | Mapping[Any, dict[str, Any]] | None
 
 
@@ -16,24 +18,29 @@ def _text(term: str, size: int, what: str) -> list[int]:
     term = term.strip()
     if term in ("all", "*"):
         return list(range(size))
-    if match := re.fullmatch(r"(-?\d+)", term):
+    if match := re.fullmatch(r"(-?\d{1,9})", term):
         return [_index(int(match[1]), size, what)]
-    if match := re.fullmatch(r"(\d+)-(\d+)", term):  # inclusive, as people write page ranges
+    if match := re.fullmatch(r"(\d{1,9})-(\d{1,9})", term):  # inclusive, as people write page ranges
         first, last = int(match[1]), int(match[2])
         if first > last:
             raise SelectionError(f"{what} range {term!r} runs backwards")
         return list(range(_index(first, size, what), _index(last, size, what) + 1))
-    if match := re.fullmatch(r"(-?\d+)?:(-?\d+)?(?::(-?\d+))?", term):  # Python slice, end excluded
+    if match := re.fullmatch(
+        r"(-?\d{1,9})?:(-?\d{1,9})?(?::(-?\d{1,9}))?", term
+    ):  # Python slice, end excluded
         return _slice(slice(*(int(p) if p else None for p in match.groups())), size, what)
     raise SelectionError(
-        f"cannot read {what} selector {term!r}; use 3, -1, 0-3 (inclusive), 2:8 or -2: (Python slices), comma-joined"
+        f"cannot read {what} selector {short(term)}; use 3, -1, 0-3 (inclusive), 2:8 or -2: (Python slices), "
+        "comma-joined"
     )
 
 
 def _index(value: int, size: int, what: str) -> int:
     index = value + size if value < 0 else value
     if not 0 <= index < size:
-        raise SelectionError(f"{what} {value} does not exist: there are {size}, numbered 0 to {size - 1}")
+        raise SelectionError(
+            f"{what} {short(value)} does not exist: there are {size}, numbered 0 to {size - 1}"
+        )
     return index
 
 
@@ -67,20 +74,31 @@ def indices(selector: Selector, size: int, what: str) -> list[int]:
     Raises:
         SelectionError: an index that does not exist, or text that cannot be read.
     """
+    try:
+        return _indices(selector, size, what)
+    except RecursionError:
+        raise SelectionError(f"{what} selector is nested too deep; use a flat list of indices") from None
+
+
+def _indices(selector: Selector, size: int, what: str) -> list[int]:
     if selector is None:
         return list(range(size))
     if isinstance(selector, bool):
-        raise SelectionError(f"{what} selector is {selector!r}; use indices, slices or text")
+        raise SelectionError(f"{what} selector is {short(selector)}; use indices, slices or text")
     if _is_index(selector):
         return [_index(operator.index(selector), size, what)]  # type: ignore[arg-type]
     if isinstance(selector, slice):
         return _slice(selector, size, what)
     if isinstance(selector, str):
+        if selector.count(",") >= TERMS:
+            raise SelectionError(
+                f"{what} selector names {selector.count(',') + 1} terms, there are {size}; at most {TERMS} are read"
+            )
         return sorted({i for term in selector.split(",") for i in _text(term, size, what)})
     if isinstance(selector, Mapping):
-        return sorted({i for key in selector for i in indices(key, size, what)})
+        return sorted({i for key in selector for i in _indices(key, size, what)})
     if isinstance(selector, Iterable):
-        return sorted({i for item in selector for i in indices(item, size, what)})
+        return sorted({i for item in selector for i in _indices(item, size, what)})
     raise SelectionError(
         f"{what} selector has type {type(selector).__name__}; use ints, slices, text or a mapping"
     )
@@ -93,7 +111,7 @@ def overrides(selector: Selector, index: int, size: int, what: str) -> dict[str,
         for key, options in selector.items():
             if not isinstance(options, Mapping):
                 raise SelectionError(
-                    f"{what} pattern {key!r} maps to {options!r}; expected a dict of options"
+                    f"{what} pattern {short(key)} maps to {short(options)}; expected a dict of options"
                 )
             if index in indices(key, size, what):
                 found.update(options)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..model.sites import Site
 
 TILE = 64  # tokens per side of the blocks that kernels skip
+LARGEST = 1 << 20  # tokens of a grid: an image of 8192 x 8192 in patches of 8
+NOTED = 1 << 16  # tokens of a grid up to which a note about it is worth a layout of it
 
 
 def call_grid(name: str, given: Grid | None, program: Program, call: Call) -> tuple[Grid, int]:
@@ -60,7 +62,7 @@ def saves_nothing(rule: Rule, grid: Grid) -> str | None:
     from ..kernels.layout import layout_for
 
     length = rule.required_len()
-    if length is None:
+    if length is None or length > NOTED:
         return None
     elements, blocks = layout_for(rule, length, length, block_q=TILE, block_k=TILE).density()
     if elements == 1 or blocks < 1:
@@ -143,6 +145,7 @@ class GridPatch(Patch):
         if self.given is not None:
             fits = 1 <= len(self.given) <= 3 and all(g >= 1 for g in self.given)
             self.require(fits, "grid", "1 to 3 sizes >= 1")
+            self.require(math.prod(self.given) <= LARGEST, "grid", f"at most {LARGEST:,} tokens")
             self.fit(self.given)
 
     def check_model(self, model: Any, sites: list[Site]) -> list[str]:

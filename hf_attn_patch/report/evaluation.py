@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from ..env import lines
 from . import svg
 from .needle_map import needle_map
-from .page import COLORS, templates
+from .page import COLORS, ReportError, templates
 
 MOST_ANSWERS = 200  # rows of answers on the page; all of them are in result.json
 MOST_CHARACTERS = 300
@@ -148,11 +149,26 @@ def _answers(record: Mapping[str, Any], attachments: Sequence[Mapping[str, str]]
                 "asked": " / ".join(fact.get("asked", [])),
                 "where": ", ".join(where),
                 "said": said,
-                "pictures": list(attachments[i].items()) if i < len(attachments) else [],
+                "pictures": [(t, _source(p)) for t, p in attachments[i].items()]
+                if i < len(attachments)
+                else [],
                 "differs": _differing(record, i),
             }
         )
     return rows
+
+
+def _source(picture: str) -> str:
+    """Source of an <img>: in one, an SVG of whatever origin runs nothing and fetches nothing.
+
+    Raises:
+        ReportError: neither SVG text nor a data URI of an image.
+    """
+    if picture.startswith("<svg"):
+        return "data:image/svg+xml;base64," + base64.b64encode(picture.encode()).decode()
+    if not picture.startswith("data:image/"):
+        raise ReportError(f"an attachment is SVG text or a data URI of an image, this is {picture[:40]!r}")
+    return picture
 
 
 def _pieces(text: str, marks: Sequence[Sequence[Any]]) -> list[tuple[str, str]]:

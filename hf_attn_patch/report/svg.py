@@ -18,8 +18,15 @@ class Bar:
     note: str = ""
 
 
-def _svg(width: float, height: float, body: Sequence[str], title: str, css: str = "") -> str:
-    return (
+class Picture(str):
+    """SVG text that this package drew, with every text in it escaped: the only thing a template shows as it is."""
+
+    def __html__(self) -> str:
+        return str(self)
+
+
+def _svg(width: float, height: float, body: Sequence[str], title: str, css: str = "") -> Picture:
+    return Picture(
         f'<svg class="{css}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(body)}</svg>"
     )

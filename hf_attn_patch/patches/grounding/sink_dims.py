@@ -7,13 +7,13 @@ not know, ``hf-attn-patch calibrate sink_dims`` writes a file that is read here.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...options import option_file
 
 READ = "READ seilk/VisAttnSink 98e62d6 src/logic/constants.py"
 NOTE = "UNVERIFIED: a reading note of the paper (arXiv 2503.03321)"
@@ -56,15 +56,14 @@ def plain(source: Any, who: str) -> Any:
         ConfigError: neither a name nor a file, or a calibration without dimensions.
     """
     if isinstance(source, str) and source not in SINK_DIMS:
-        file = Path(source)
-        if not file.is_file():
-            raise ConfigError(
-                f"{who}: dims={source!r} is not known and no file; known models: {', '.join(SINK_DIMS)}. For another "
-                "model: hf-attn-patch calibrate sink_dims"
-            )
+        file = source
+        missing = (
+            f"is not known and no file; known models: {', '.join(SINK_DIMS)}. For another model: hf-attn-patch "
+            "calibrate sink_dims"
+        )
         try:
-            source = json.loads(file.read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            source = json.loads(option_file(who, "dims", file, missing=missing))
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{who}: {file} is not valid JSON: {error}") from error
         if not isinstance(source, dict):
             raise ConfigError(f"{who}: {file} holds {type(source).__name__}, expected {{'dims': [...], ...}}")

@@ -98,7 +98,9 @@ class VisualAttentionRedistribution(Patch):
 
     dims: tuple[int, ...] | dict | str = option(
         help="sink dimensions of the hidden state, a file of `calibrate sink_dims`, or one of "
-        + ", ".join(SINK_DIMS)
+        + ", ".join(SINK_DIMS),
+        path=True,
+        known=SINK_DIMS,
     )
     preset: Literal["code", "paper", "paper_vqa", "paper_vision"] = option(
         "code",

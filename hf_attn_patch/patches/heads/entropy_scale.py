@@ -116,7 +116,8 @@ class EntropyScale(Patch):
 
     def validate(self) -> None:
         self.require(self.train_length is None or self.train_length >= 2, "train_length", ">= 2 or None")
-        self.require(self.gamma is None or math.isfinite(self.gamma), "gamma", "a finite number or None")
+        # (ln 2^31 / ln 2) ^ 16 is 7e23: float32 still holds the square of a query times that
+        self.require(self.gamma is None or abs(self.gamma) <= 16, "gamma", "in [-16, 16] or None")
         self.require(self.length is None or self.length >= 1, "length", ">= 1 or None")
 
     def check(self, site: Site) -> None:

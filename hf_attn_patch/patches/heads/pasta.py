@@ -117,7 +117,7 @@ class Pasta(Patch):
         "complement", help="keys whose probability changes"
     )
     head_config: dict | list | str | None = option(
-        None, help="{layer: [heads]} or a head-set file; None = every head (or those of heads=)"
+        None, help="{layer: [heads]} or a head-set file; None = every head (or those of heads=)", path=True
     )
     length: int | None = option(
         None, help="tokens of the prompt of each row; None = what filled the cache first"
@@ -137,7 +137,7 @@ class Pasta(Patch):
         self._marked = rows
         self.marked = [list(span) for span in rows[0]]
         if self.head_config is not None:
-            self.head_config = head_sets.plain(self.head_config, self.name)
+            self.head_config = head_sets.plain(self.head_config, self.name, "head_config")
             self._set = head_sets.read(self.head_config, self.name)
 
     def check(self, site: Site) -> None:

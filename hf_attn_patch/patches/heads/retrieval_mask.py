@@ -42,7 +42,7 @@ class RetrievalMask(Patch):
     default_part = "text"
 
     head_set: dict | list | str = option(
-        help="{layer: [heads]}, head-set data, or a path to a head-set JSON file"
+        help="{layer: [heads]}, head-set data, or a path to a head-set JSON file", path=True
     )
     top: int | None = option(None, help="take the K heads of the highest score; None = all of the set")
     _set: Any = field(default=None, init=False, repr=False, compare=False)

@@ -99,8 +99,9 @@ class BlockTopK(Patch):
             mask.kv_len <= self.block
         ):  # one block, which every query reads: nothing is padded to the size of a block
             return
-        scores, per_row, origin = self._scores(program)
-        kept = self._kept(scores, per_row, origin)
+        block = self._block(mask.kv_len)
+        scores, per_row, origin = self._scores(program, block)
+        kept = self._kept(scores, per_row, origin, block)
         possible = scores > -torch.inf
         if not mask.causal:  # a mask that lets some tokens see later ones (images in gemma3): its business
             kept = kept | ~possible
@@ -108,33 +109,38 @@ class BlockTopK(Patch):
             first = mask.q_offset + torch.arange(kept.shape[2], device=kept.device) * per_row
             kept = kept | (first < dense)[:, None]
         program.share = (kept & possible).sum() / possible.sum().clamp(min=1)
-        program.restrict(ChosenBlocks(kept, per_row, self.block, origin), call.heads)
+        program.restrict(ChosenBlocks(kept, per_row, block, origin), call.heads)
 
-    def _scores(self, program: Program) -> tuple[Tensor, int, Tensor]:
+    def _block(self, tokens: int) -> int:
+        """Tokens of a block, at most those there are: one block that holds all of them is padded to no more."""
+        stride = self.stride if self.score == "antidiagonal" else 1
+        return min(self.block, -(-tokens // stride) * stride)
+
+    def _scores(self, program: Program, block: int) -> tuple[Tensor, int, Tensor]:
         """(scores [B, H, rows, blocks], queries per row, position of the first query of row 0 [B])."""
         mask, key = program.mask, program.key
         starts = mask.start.int() if mask.padding is not None else None
         origin = mask.q_offset - mask.start.to(program.query.device)
         given: dict[str, Any] = dict(scale=program.scale, q_offset=mask.q_offset, starts=starts)
         if self.score == "antidiagonal":
-            masses = antidiagonal_scores(program.query, key, block=self.block, stride=self.stride, **given)  # type: ignore[arg-type]
+            masses = antidiagonal_scores(program.query, key, block=block, stride=self.stride, **given)  # type: ignore[arg-type]
             origin = origin.clamp(min=0)
-            last = origin[:, None] + (torch.arange(masses.shape[2], device=key.device) + 1) * self.block - 1
-            begin = torch.arange(masses.shape[3], device=key.device) * self.block
+            last = origin[:, None] + (torch.arange(masses.shape[2], device=key.device) + 1) * block - 1
+            begin = torch.arange(masses.shape[3], device=key.device) * block
             future = begin > last[:, :, None]
-            return masses.masked_fill(future[:, None], -torch.inf), self.block, origin
+            return masses.masked_fill(future[:, None], -torch.inf), block, origin
         scores = pooled_scores(
-            program.query, key, block_q=self.block, block_k=self.block, reduce="none", pool=self.score, **given  # type: ignore[arg-type]
+            program.query, key, block_q=block, block_k=block, reduce="none", pool=self.score, **given  # type: ignore[arg-type]
         )  # fmt: skip
         return scores, 1, origin
 
-    def _kept(self, scores: Tensor, per_row: int, origin: Tensor) -> Tensor:
+    def _kept(self, scores: Tensor, per_row: int, origin: Tensor, block: int) -> Tensor:
         """bool like scores: forced blocks, and the best of the others."""
         rows, blocks = scores.shape[2:]
         n = torch.arange(blocks, device=scores.device)
         first = origin[:, None] + torch.arange(rows, device=scores.device) * per_row  # differs per batch row
-        own = (first + per_row - 1).div(self.block, rounding_mode="floor")[..., None]
-        oldest = first.div(self.block, rounding_mode="floor")[..., None] - self.recent
+        own = (first + per_row - 1).div(block, rounding_mode="floor")[..., None]
+        oldest = first.div(block, rounding_mode="floor")[..., None] - self.recent
         forced = ((n <= own) & (n > oldest)) | (n < self.sinks)
         allowed = scores > -torch.inf
         forced = forced[:, None] & allowed

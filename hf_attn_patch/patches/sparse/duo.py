@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,7 +16,8 @@ from ...call.rules import SinkWindow
 from ...errors import ConfigError, ModelMismatchError
 from ...forward.needs import AuxiliaryLosses
 from ...model import head_sets
-from ...registry import Patch, option, register_patch
+from ...options import option, option_file
+from ...registry import Patch, register_patch
 
 if TYPE_CHECKING:
     from ...call.program import Program
@@ -90,7 +90,9 @@ class Duo(Patch):
     trainable = True
 
     alphas: list | dict | str | None = option(
-        None, help="gates [layers][kv_heads], {'alphas': ...}, a head set, or a path to one (JSON, TSV)"
+        None,
+        help="gates [layers][kv_heads], {'alphas': ...}, a head set, or a path to one (JSON, TSV)",
+        path=True,
     )
     sparsity: float | None = option(
         None, help="share of streaming heads (None = 0.5 for gates, all but the listed heads for a head set)"
@@ -267,17 +269,14 @@ def penalty(model: Any) -> Tensor:
 
 def _load(path: str) -> Any:
     """Data of a gates file: JSON, or the original's TSV with a line of numbers per layer."""
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"duo: alphas file {path!r} does not exist (a JSON or TSV file)")
-    text = file.read_text()
+    text = option_file("duo", "alphas", path, "alphas file", "does not exist (a JSON or TSV file)")
     try:
         return json.loads(text)
-    except json.JSONDecodeError as broken:
+    except (json.JSONDecodeError, RecursionError) as broken:
         try:
             return [[float(x) for x in line.split()] for line in text.splitlines() if line.strip()]
         except ValueError:
-            raise ConfigError(f"duo: {file} is neither JSON ({broken}) nor lines of numbers (TSV)") from None
+            raise ConfigError(f"duo: {path} is neither JSON ({broken}) nor lines of numbers (TSV)") from None
 
 
 def _checked(table: list[Any]) -> Table:

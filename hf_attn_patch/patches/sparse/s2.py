@@ -108,7 +108,7 @@ class S2(Patch):
     )
 
     def validate(self) -> None:
-        self.require(self.stride >= 1, "stride", ">= 1")
+        self.require(1 <= self.stride <= 4096, "stride", ">= 1 and <= 4096 (residues are listed one by one)")
         self.require(self.local_blocks >= 1, "local_blocks", ">= 1 (a query reads its own block)")
         self.require(self.block >= 1, "block", ">= 1")
         self.require(self.step is None or self.step >= 0, "step", ">= 0 or None")

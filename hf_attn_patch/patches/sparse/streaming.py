@@ -30,7 +30,11 @@ class Streaming(Patch):
     Differs from the original code: positions stay absolute (the original re-numbers the kept tokens inside the
     cache, "pos_shift", to run past the trained length; not offered here). The window counts the query itself;
     the original perplexity script evicts *after* each step, so that a query there sees one key more: use
-    ``window=recent + 1`` to get its numbers. The prefill is masked too (in the original only the cache is cut).
+    ``window=recent + 1`` to get its numbers. A chunk of n tokens after the prompt: here every query has a window of
+    its own, as if the tokens came one by one; the original's ``evict_for_space(n)`` cuts the cache once, before the
+    chunk, to ``window - n`` recent tokens, so that the first query of a chunk reads n - 1 keys fewer than here (and one
+    of n >= window nothing before the chunk but the sinks); for n = 1 the two agree. The prefill is masked
+    too (in the original only the cache is cut).
     """
 
     counts = "rule"

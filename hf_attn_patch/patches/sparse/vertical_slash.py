@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,8 @@ from ...call.rules import ColumnsDiagonals
 from ...errors import CacheError, ConfigError, ModelMismatchError
 from ...forward.needs import PromptLength
 from ...kernels.reference import masked_softmax
-from ...registry import Patch, option, register_patch
+from ...options import option, option_file
+from ...registry import Patch, register_patch
 
 if TYPE_CHECKING:
     from ...call.program import Program
@@ -66,7 +66,9 @@ class VerticalSlash(Patch):
     vertical: int = option(500, help="columns per head, the first ones included")
     slash: int = option(700, help="diagonals per head, the nearest ones included")
     patterns: list | dict | str | None = option(
-        None, help="sizes per layer and query head: MInference's JSON (list of dicts), or a path to it"
+        None,
+        help="sizes per layer and query head: MInference's JSON (list of dicts), or a path to it",
+        path=True,
     )
     sinks: int = option(30, help="first columns that are always read")
     recent: int = option(100, help="nearest diagonals that are always read, the query's own key included")
@@ -209,13 +211,10 @@ def _share(rule: ColumnsDiagonals, program: Program) -> Tensor:
 
 
 def _load(path: str) -> Any:
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"vertical_slash: patterns file {path!r} does not exist")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"vertical_slash: patterns file {file} is not valid JSON: {error}") from error
+        return json.loads(option_file("vertical_slash", "patterns", path, "patterns file"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"vertical_slash: patterns file {path} is not valid JSON: {error}") from error
 
 
 def _read(data: Any) -> list[dict[int, Pair]]:
@@ -225,7 +224,7 @@ def _read(data: Any) -> list[dict[int, Pair]]:
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data) or not data:
         raise ConfigError(
             'vertical_slash: patterns are a list with one {head: ["vertical_and_slash", vertical, slash, score]} per '
-            f"layer (MInference's JSON), found {str(data)[:80]}"
+            f"layer (MInference's JSON), found a {type(data).__name__}"
         )
     table: list[dict[int, Pair]] = []
     for layer, row in enumerate(data):

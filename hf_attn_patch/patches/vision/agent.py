@@ -103,7 +103,8 @@ class AgentAttention(GridPatch):
 
     def validate(self) -> None:
         self.require_sizes("agents")
-        self.require(math.isfinite(self.kappa), "kappa", "a finite number")
+        # a power of scale = D^-1/2: for heads of 1024 channels float32 holds its 16th
+        self.require(abs(self.kappa) <= 16, "kappa", "in [-16, 16]")
         self.require(math.isfinite(self.residual) and self.residual > -1, "residual", "a finite number > -1")
         self.require_grid()
 

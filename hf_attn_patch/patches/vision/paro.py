@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from ...call.program import head_selector
 from ...call.rules import ChosenCells
 from ...errors import ConfigError, ModelMismatchError
 from ...model.grids import Grid, configured_grid
-from ...registry import option, register_patch
-from ..on_grid import ChosenOnGrid
+from ...options import option, option_file, short
+from ...registry import register_patch
+from ..on_grid import LARGEST, ChosenOnGrid
 
 if TYPE_CHECKING:
     from ...call.program import Program
@@ -76,6 +76,14 @@ def rounded(x: Tensor, places: Tensor, block: int) -> Tensor:
     return x + (found - x).detach()
 
 
+def _load(path: str) -> Any:
+    missing = "is no file; write one with `hf-attn-patch calibrate paro`"
+    try:
+        return json.loads(option_file("paro", "plan", path, missing=missing))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"paro: plan file {path} is not valid JSON: {error}") from error
+
+
 @register_patch("paro")
 @dataclass
 class Paro(ChosenOnGrid):
@@ -112,7 +120,7 @@ class Paro(ChosenOnGrid):
     arxiv = "2506.16054"
     exclusive = frozenset({"token order"})
 
-    plan: dict | str | None = option(None, help="plan of `calibrate paro`: a file, or its data")
+    plan: dict | str | None = option(None, help="plan of `calibrate paro`: a file, or its data", path=True)
     int8: bool = option(
         False, help="scores from INT8 queries and keys (accuracy only: no executor is faster by it)"
     )
@@ -126,14 +134,13 @@ class Paro(ChosenOnGrid):
     def validate(self) -> None:
         self.require(self.plan is not None, "plan", "a plan; find one with `hf-attn-patch calibrate paro`")
         if isinstance(self.plan, str):
-            if not Path(self.plan).is_file():
-                raise ConfigError(
-                    f"paro: plan={self.plan!r} is no file; write one with `hf-attn-patch calibrate paro`"
-                )
-            self.plan = json.loads(Path(self.plan).read_text())
-        assert isinstance(self.plan, dict)
+            self.plan = _load(self.plan)
+        if not isinstance(self.plan, dict):
+            raise ConfigError("paro: this is no plan of `calibrate paro`: it is no object")
         try:
             self.size, self.block = tuple(int(n) for n in self.plan["grid"]), int(self.plan["block"])
+            if min(self.size) < 1 or self.block < 1 or math.prod(self.size) > LARGEST:
+                raise ValueError(f"its grid is {short(self.size)}, in blocks of {self.block}")
             count = -(-math.prod(self.size) // self.block)
             for layer, heads in self.plan["layers"].items():
                 places = torch.stack([slots(self.size, order) for order in heads["orders"]])
@@ -141,9 +148,9 @@ class Paro(ChosenOnGrid):
                 if len(places) != len(blocks):
                     raise ValueError(f"layer {layer} has {len(places)} orders and {len(blocks)} masks")
                 self._layers[int(layer)] = (places, blocks)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise ConfigError(
-                f"paro: this is no plan of `calibrate paro`: {type(error).__name__}: {error}"
+                f"paro: this is no plan of `calibrate paro`: {type(error).__name__}: {short(str(error), 200)}"
             ) from error
         self.require_grid()
 
