@@ -45,12 +45,15 @@ def why_not_parallel(model: Any) -> str | None:
             return f"it runs {name} parallel ({size}={getattr(told, size)}), which patches do not follow"
     if (getattr(model, "_tp_size", None) or 1) > 1 and getattr(told, "enable_expert_parallel", False):
         return "it runs expert parallel, which patches do not follow"
-    plan = (
-        {**(getattr(model, "_tp_plan", None) or {}), **(getattr(told, "tp_plan", None) or {})} if told else {}
-    )
-    if tensor_parallel_size(model) > 1 and "sequence_parallel" in plan.values():
+    if tensor_parallel_size(model) > 1 and "sequence_parallel" in _plan(model).values():
         return "it runs sequence parallel: a rank sees a slice of the tokens, and patches count all of them"
     return None
+
+
+def _plan(model: Any) -> dict[str, str]:
+    """How transformers has split which modules: the model's own plan, and what the user gave on top of it."""
+    given = getattr(getattr(model.config, "distributed_config", None), "tp_plan", None)
+    return {**(getattr(model, "_tp_plan", None) or {}), **(given if isinstance(given, dict) else {})}
 
 
 def _share(weight: Any, dim: int, sharded: bool) -> tuple[int, int] | None:
@@ -69,10 +72,7 @@ def _share(weight: Any, dim: int, sharded: bool) -> tuple[int, int] | None:
 
 def _style(model: Any, path: str) -> str | None:
     """How the plan of transformers splits the module at `path`."""
-    told = getattr(model.config, "distributed_config", None)
-    given = getattr(told, "tp_plan", None)
-    plan = {**(getattr(model, "_tp_plan", None) or {}), **(given if isinstance(given, dict) else {})}
-    for pattern, style in plan.items():
+    for pattern, style in _plan(model).items():
         if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), path):
             return style
     return None
@@ -119,7 +119,7 @@ def head_slice(
     return HeadSlice(rank * q, (rank + 1) * q, rank * kv, (rank + 1) * kv), None
 
 
-def why_not_trainable(thing: Any, wrappers: tuple[nn.Module, ...], base: nn.Module) -> str | None:
+def why_not_trainable(wrappers: tuple[nn.Module, ...], base: nn.Module) -> str | None:
     """Why parameters that are added now would be trained apart on every rank, or None.
 
     Args:

@@ -104,6 +104,7 @@ class Pasta(Patch):
 
     paper = "Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs"
     arxiv = "2311.02262"
+    head_state = ("_set",)
     parts = ("text", "decoder")
     default_part = "text"
     needs = frozenset({"prompt"})

@@ -55,6 +55,7 @@ class MoA(Patch):
 
     paper = "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression"
     arxiv = "2406.14909"
+    head_state = ("_table",)
     parts = ("text", "decoder")
     default_part = "text"
     needs = frozenset({"prompt"})
