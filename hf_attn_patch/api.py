@@ -18,8 +18,9 @@ from .errors import PatchError
 from .install.apply import apply
 from .install.found import entries_of
 from .install.handle import PatchHandle
-from .install.plan import plan, plan_on
-from .install.undo import carry_through, remove_all
+from .install.plan import plan as plan
+from .install.plan import plan_on
+from .install.undo import remove_all
 from .model import selection
 from .model.selection import Selector
 from .model.survey import Survey
@@ -39,9 +40,9 @@ def patch(
     """Change how a loaded model attends.
 
     Args:
-        model: a transformers model, or what holds one (PEFT, DDP, a compiled module, a pipeline). It is changed in place.
+        model: a transformers model, or what holds one (PEFT, DDP, a compiled module, a pipeline); changed in place.
         name_or_config: a method name (see `available`) or a config object.
-        part: "text", "vision", "audio", "encoder", "decoder", "cross" or "bridge" (resamplers, Q-formers, talkers, ...);
+        part: "text", "vision", "audio", "encoder", "decoder", "cross" or "bridge" (resamplers, Q-formers, ...);
             None = where the method belongs.
         layers: layers within the part: ints, slices, "0-3,-2:" or a mapping from such a pattern to option overrides.
         heads: query heads, in the same notation.
@@ -67,7 +68,7 @@ def patch(
 
 
 def unpatch(model: Any) -> int:
-    """Remove every patch from `model`, whichever object inside or around it was patched; returns how many there were."""
+    """Remove every patch from `model`, also those made through an object inside or around it; returns their number."""
     return remove_all(model)
 
 
@@ -87,9 +88,13 @@ def patched(model: Any, name_or_config: str | registry.Patch, **options: Any) ->
     """
     before = [entry for _, entry in entries_of(model)]
     try:
-        yield patch(model, name_or_config, **options)
-    finally:
-        carry_through(lambda: remove_all(model, but=before))
+        try:
+            yield patch(model, name_or_config, **options)
+        finally:
+            remove_all(model, but=before)
+    except BaseException:
+        remove_all(model, but=before)  # nothing is left to do, unless the undo itself was interrupted
+        raise
 
 
 def load(model: Any, directory: str | Path, *, impl: str | None = None) -> PatchHandle:

@@ -59,8 +59,8 @@ def attach(
     """Put an empty `PatchStack` on every site that shares a config with `sites` and route those configs to us.
 
     Args:
-        snapshot: (config, previous implementation) pairs of earlier calls; changed in place, before each switch, so that
-            an interrupted call can be undone.
+        snapshot: (config, previous implementation) pairs of earlier calls; changed in place, before each switch,
+            so that an interrupted call can be undone.
 
     Returns:
         `snapshot`, for `detach`.
@@ -100,8 +100,8 @@ def attach(
 
 
 def _native(model: nn.Module, config: Any, snapshot: list[tuple[Any, str | None]]) -> str | None:
-    """The implementation `config` asks for without patches: one of our names may be there already, from an earlier patch,
-    from a patch on a model inside or around this one, or left in a config that came from elsewhere."""
+    """The implementation `config` asks for without patches: one of our names may be there already, from an earlier
+    patch, from a patch on a model inside or around this one, or left in a config that came from elsewhere."""
     current = getattr(config, "_attn_implementation", None)
     if is_ours(current):
         for pairs in (snapshot, *(state.snapshot for state in other_states(model))):

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from .. import registry
 from ..errors import PatchError
 from ..model.sites import Site, find_sites
@@ -92,8 +90,8 @@ class PatchHandle:
         self.undo_block()
 
     def undo_block(self) -> None:
-        """The end of a ``with`` block: undo this patch, and before it those that were made inside the block and are still
-        there, in reverse order."""
+        """The end of a ``with`` block: undo this patch, and before it those that were made inside the block and
+        are still there, in reverse order."""
         if self._before is None or not self.is_active:
             self.remove()
         else:

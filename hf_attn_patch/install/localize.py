@@ -1,7 +1,7 @@
-"""Tensor parallelism: an attention function sees the heads of its rank, everything a user writes counts all of them.
+"""Tensor parallelism: an attention function sees the heads of its rank, a user writes about all of them.
 
-A site patch is made for the local heads, here and nowhere else: its site, the heads of its variants, and what its config
-says head by head.
+A site patch is made for the local heads, here and nowhere else: its site, the heads of its variants, and what its
+config says head by head.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Variants = list[tuple[tuple[int, ...] | None, registry.Patch]]
 def check(config: registry.Patch, site: Site) -> None:
     """Refuse a method that cannot be cut to the heads of one rank.
 
-    A method says that every head goes by itself with ``head_state``: names of the attributes that hold something head by
-    head (a row per layer, a `HeadSet`, or one list for all layers), () if nothing does.
+    A method says that every head goes by itself with ``head_state``: names of the attributes that hold something head
+    by head (a row per layer, a `HeadSet`, or one list for all layers), () if nothing does.
 
     Raises:
         ModelMismatchError: the method does not say so, or trains parameters.
@@ -32,13 +32,13 @@ def check(config: registry.Patch, site: Site) -> None:
     here = f"heads {site.slice.start}-{site.slice.stop - 1} of {site.num_heads} are on this rank"
     if getattr(type(config), "head_state", None) is None:
         raise ModelMismatchError(
-            f"{config.name}: {site.path} is tensor parallel ({here}), and this method looks at all heads of a layer together "
-            "(or does not say that it does not: Patch.head_state). Load the model without tp_plan"
+            f"{config.name}: {site.path} is tensor parallel ({here}), and this method looks at all heads of a layer "
+            "together (or does not say that it does not: Patch.head_state). Load the model without tp_plan"
         )
     if any(getattr(t, "requires_grad", False) for t in config.tensors(site).values()):
         raise ModelMismatchError(
-            f"{config.name}: {site.path} is tensor parallel ({here}), and parameters of a patch would be trained apart on every "
-            "rank. Train without tp_plan; what was trained can then be used on a tensor-parallel model"
+            f"{config.name}: {site.path} is tensor parallel ({here}), and its parameters would be trained apart on "
+            "every rank. Train without tp_plan; a tensor-parallel model can use the result"
         )
 
 
@@ -94,5 +94,5 @@ def _cut_row(row: Any, site: Site, cut: HeadSlice) -> Any:
     if len(row) == site.num_kv_heads:
         return row[cut.kv_start : cut.kv_stop]
     raise ModelMismatchError(
-        f"{site.path} has {site.num_heads} query / {site.num_kv_heads} KV heads, a row of {len(row)} values fits neither"
+        f"{site.path} has {site.num_heads} query / {site.num_kv_heads} KV heads, a row of {len(row)} fits neither"
     )

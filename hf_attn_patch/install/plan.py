@@ -9,8 +9,8 @@ from .. import registry
 from ..errors import CompositionError, ConfigError, ModelMismatchError, SelectionError
 from ..kernels import check_impl, prepare, unavailable
 from ..model import selection
-from ..model.selection import Selector
 from ..model.parts import PARTS
+from ..model.selection import Selector
 from ..model.sites import Site, why_not_dispatchable
 from ..model.survey import Survey
 from . import localize

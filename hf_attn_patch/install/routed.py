@@ -6,6 +6,7 @@ import warnings
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from .names import EAGER_NAME, NAME
@@ -39,7 +40,7 @@ class RoutedName(str):
             return RoutedName(
                 self.native, memo.get(id(owner), owner)
             )  # the model is copied along, patches and all
-        if id(owner) in memo:  # and no dict that is made from it (to_dict, printing, saving)
+        if type(next(iter(memo.values()))) is not dict:  # that would be to_dict, for printing or saving
             warnings.warn(
                 "this config was copied from a patched model. A model made from the copy has no patch: its attention "
                 f"is {self.native or 'the default'!s}. To patch it too: handle.save(folder) on the patched model, then "
@@ -75,21 +76,22 @@ def warn_unpatched(config: Any) -> None:
     Either the name came from the config of another model (TRL makes reference models this way), or the config object
     itself is shared with a patched model (``from_config(model.config)`` makes no copy).
     """
-    if (known := _told.get(id(config))) is not None and known() is config:
+    if torch.compiler.is_compiling() or ((known := _told.get(id(config))) is not None and known() is config):
         return
-    _told[id(config)] = weakref.ref(config, lambda _, key=id(config): _told.pop(key, None))
+    key = id(config)
+    _told[key] = weakref.ref(config, lambda _: _told.pop(key, None))
     name = getattr(config, "_attn_implementation", None)
     shared = isinstance(name, RoutedName) and name.belongs_to(config)
     where = (
-        "shares its config object with a patched model, but is not in it (another model made from the same config, or the "
-        "model around a patched inner one)"
+        "shares its config object with a patched model, but is not in it (another model made from the same config, or "
+        "the model around a patched inner one)"
         if shared
         else "came by this name from the config of a patched model, but was not patched itself"
     )
     warnings.warn(
         f"attention under attn_implementation={str(name)!r} with a {type(config).__name__} runs without any patch, as "
-        f"{native_of(name) or 'by default'!s}: its model {where}. To patch it as well: handle.save(folder) on the patched "
-        f"model, then hap.load(this_model, folder). To keep it dense: give it a config of its own (copy.deepcopy), or load "
-        f"it with attn_implementation={native_of(name)!r}",
+        f"{native_of(name) or 'by default'!s}: its model {where}. To patch it as well: handle.save(folder) on the "
+        f"patched model, then hap.load(this_model, folder). To keep it dense: give it a config of its own, or "
+        f"load it with attn_implementation={native_of(name)!r}",
         stacklevel=2,
     )

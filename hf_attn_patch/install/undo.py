@@ -17,8 +17,8 @@ from .stack import PatchStack
 from .state import Entry, State
 
 
-def carry_through(undo: Callable[[], None]) -> None:
-    """Run `undo`, which is safe to repeat, to its end: interrupted, it is run again, and only then the interrupt goes on."""
+def carry_through(undo: Callable[[], Any]) -> None:
+    """Run `undo`, which is safe to repeat, to its end: after an interrupt it is run again, then that goes on."""
     try:
         undo()
     except BaseException:
@@ -32,7 +32,10 @@ def drop(base: nn.Module, state: State, entry: Entry) -> None:
         state.entries.remove(entry)
     for module in base.modules():
         if isinstance(module, PatchStack) and entry.key in module.patches:
-            del module.patches[entry.key]
+            if (
+                module.patches[entry.key].entry is entry
+            ):  # a model inside or around this one may use the same key
+                del module.patches[entry.key]
     paths = {path for other in state.entries for path in other.paths}
     state.snapshot = detach(base, state.snapshot, [s for s in find_sites(base) if s.path in paths])
     reinstall_hooks(state, base)

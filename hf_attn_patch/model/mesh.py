@@ -129,7 +129,7 @@ def why_not_trainable(wrappers: tuple[nn.Module, ...], base: nn.Module) -> str |
 
     for wrapper in wrappers:
         if isinstance(wrapper, DistributedDataParallel):
-            return "the model is inside DistributedDataParallel, which reduces only the gradients it has seen when it was made"
+            return "the model is inside DistributedDataParallel, which reduces only gradients it knew when it was made"
     if any(is_fully_sharded(m) for m in (*wrappers, *base.modules())):
         return "the model is sharded by FSDP, whose groups hold only the parameters it has seen when it was applied"
     return None

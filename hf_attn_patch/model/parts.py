@@ -63,7 +63,7 @@ def is_merged(module: nn.Module) -> bool:
 class Parts:
     """The parts of one transformers model, read once.
 
-    configs: part that each (nested) sub-config describes, by identity. language: paths of the language model, of a model
+    configs: part that each (nested) sub-config describes, by identity. language: path of the language model, of a model
     that has other towers too and says which of its modules it is. owners: path -> transformers model inside.
     """
 
@@ -118,7 +118,7 @@ class Parts:
             return by_word
         for part, endings in _data()["classes"].items():
             if re.search(
-                rf"[a-z]({'|'.join(endings)})$", type(config).__name__
+                rf"[A-Za-z]({'|'.join(endings)})$", type(config).__name__
             ):  # Speech2TextConfig is no text config
                 return part
         for end in range(len(names), 0, -1):  # the nearest model around it says what it reads

@@ -3,7 +3,7 @@
     survey = Survey.of(pipeline_or_peft_or_model)
     survey.base, survey.sites, survey.wrappers
 
-Nobody walks the model again while a survey is at work: inside `Survey.at_work`, `find_sites` of its model gives its sites.
+Nobody walks the model again while a survey is at work: inside `at_work`, `find_sites` of its model gives its sites.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Survey:
     """A transformers model and what is around and inside it.
 
     Attributes:
-        given: the object that the caller holds (a model, a wrapper module, a pipeline, ...). base: the transformers model.
-        wrappers: modules around `base`, outermost first. sites: its attention modules. parallel: ranks that share a layer.
+        given: what the caller holds (a model, a wrapper module, a pipeline, ...). base: the transformers model.
+        wrappers: modules around `base`, outermost first. sites: its attention modules.
     """
 
     given: Any
