@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -495,3 +498,23 @@ def test_other_kinds_of_parallelism_are_refused(told, word):
     model.config.__dict__["distributed_config"] = SimpleNamespace(**told)
     with refused(ModelMismatchError, "streaming", word):
         hap.patch(model, "streaming")
+
+
+def test_tensor_parallel_equals_one_process_or_is_refused(tmp_path):
+    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8, hidden_size=64)
+    model.save_pretrained(tmp_path)
+    root = Path(__file__).parents[1]
+    run = ["torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.tp_worker"]
+    command = [sys.executable, "-m", *run, tmp_path]  # not as a file: tests/triton would hide triton
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=280
+    )
+    lines = [line[2:] for line in done.stdout.splitlines() if line.startswith("> ")]
+    assert done.returncode == 0 and lines, done.stderr[-3000:]
+    assert "8 heads / 4 KV, 0-3 here" in lines[0]
+    assert all(line.endswith("equal") for line in lines[1:-4]) and len(lines) > 20
+    expected = (("moh", "refused"), ("s2", "refused"), ("head_gate", "trained apart"), ("0 to 7",))
+    for line, words in zip(lines[-4:], expected):
+        assert all(word in line for word in words), line

@@ -102,6 +102,7 @@ class EntropyScale(Patch):
 
     paper = "Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis"
     arxiv = "2306.08645"
+    head_state = ()
     parts = ("text", "vision", "audio", "encoder", "decoder")
     default_part = "text"
 
