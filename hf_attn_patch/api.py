@@ -24,6 +24,7 @@ from .install.undo import remove_all
 from .model import selection
 from .model.selection import Selector
 from .model.survey import Survey
+from .model.wrappers import transformers_models
 
 
 def patch(
@@ -77,7 +78,8 @@ def active(model: Any) -> list[PatchHandle]:
 
     A patch made through a model inside or around `model` is listed as well; its handle removes it.
     """
-    return [PatchHandle(model, entry) for _, entry in entries_of(model)]
+    held = [base for _, base in transformers_models(model)]
+    return [PatchHandle(model if held == [e.model] else e.model, e) for _, e in entries_of(model)]
 
 
 @contextmanager

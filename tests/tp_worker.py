@@ -1,4 +1,4 @@
-"""One rank of the tensor-parallel test of `test_survey.py`, under ``torch.distributed.run``; prints lines with ">"."""
+"""One rank of the tensor-parallel test of `test_devices.py`, under ``torch.distributed.run``; prints lines with ">"."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ name of a model family plays no part.
 
 from __future__ import annotations
 
+import gc
 import re
 from typing import Any
 
@@ -130,6 +131,21 @@ def why_not_trainable(wrappers: tuple[nn.Module, ...], base: nn.Module) -> str |
     for wrapper in wrappers:
         if isinstance(wrapper, DistributedDataParallel):
             return "the model is inside DistributedDataParallel, which reduces only gradients it knew when it was made"
+    if _inside_ddp(base):
+        return (
+            "a DistributedDataParallel holds the model, which reduces only gradients it knew when it was made"
+        )
     if any(is_fully_sharded(m) for m in (*wrappers, *base.modules())):
         return "the model is sharded by FSDP, whose groups hold only the parameters it has seen when it was applied"
     return None
+
+
+def _inside_ddp(base: nn.Module) -> bool:
+    """True if a DDP module somewhere holds `base`: the caller may have kept the inner model, which does not know."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    wrappers = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    return any(module is base for one in wrappers for module in one.modules())
