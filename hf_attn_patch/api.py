@@ -58,14 +58,27 @@ def patch(
         PatchError: one of its subclasses, before anything was changed (see `errors`).
     """
     layers, heads = selection.settled(layers), selection.settled(heads)
-    survey = Survey.of(model)
-    with survey.at_work():
-        made = plan_on(
-            survey, name_or_config, part=part, layers=layers, heads=heads, impl=impl, cache=cache, **options
-        )
-        for note in made.warnings:
-            warnings.warn(f"{made.config.name}: {note}", stacklevel=2)
-        return apply(survey, made, layers, heads)
+    survey, handle = Survey.of(model), None
+    try:
+        with survey.at_work():
+            made = plan_on(
+                survey,
+                name_or_config,
+                part=part,
+                layers=layers,
+                heads=heads,
+                impl=impl,
+                cache=cache,
+                **options,
+            )
+            for note in made.warnings:
+                warnings.warn(f"{made.config.name}: {note}", stacklevel=2)
+            handle = apply(survey, made, layers, heads)
+        return handle
+    except BaseException:  # an interrupt after the last step
+        if handle is not None:
+            handle.remove()
+        raise
 
 
 def unpatch(model: Any) -> int:

@@ -141,6 +141,22 @@ def test_patches_of_an_inner_and_an_outer_model_do_not_undo_each_other():
     assert torch.equal(logits(model), dense)
 
 
+def test_a_wrapper_made_later_by_peft_undoes_what_was_patched_before():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    handle = hap.patch(model, "streaming", **STREAMING)
+    want = logits(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert torch.equal(logits(wrapped, **tiny_inputs(model, batch=1, length=12)), want)
+    assert [h.name for h in hap.active(wrapped)] == ["streaming"]
+    merged = wrapped.merge_and_unload()
+    assert (
+        hap.unpatch(merged) == 1
+        and not handle.is_active
+        and not any("attn_patch" in n for n in merged.state_dict())
+    )
+
+
 def test_models_that_share_one_config_object_are_patched_and_undone_apart():
     first = tiny_model("llama")
     second = type(first)(first.config).eval()

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import hf_attn_patch as hap
-from hf_attn_patch.errors import ModelMismatchError, SelectionError
+from hf_attn_patch.errors import AdapterError, ModelMismatchError, SelectionError
 from hf_attn_patch.model.sites import find_sites
 
 warnings.filterwarnings("ignore")
@@ -74,10 +74,20 @@ def main(folder: str) -> None:
             lines.append(f"{name} taken")
         except ModelMismatchError as error:
             lines.append(f"{name} refused: {error}")
+    with hap.patched(split, "head_gate", gate=0.5) as handle:
+        try:
+            handle.save(folder)
+        except AdapterError as error:
+            lines.append(f"save: {error}")
     try:
         hap.patch(split, "streaming", heads=[8])
     except SelectionError as error:
         lines.append(f"selection: {error}")
+    split._tp_plan = {**split._tp_plan, "model.norm": "sequence_parallel"}
+    try:
+        hap.patch(split, "streaming")
+    except ModelMismatchError as error:
+        lines.append(f"streaming: {error}")
     if dist.get_rank() == 0:
         print("\n".join(f"> {line}" for line in lines), flush=True)
     dist.barrier()

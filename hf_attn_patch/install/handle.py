@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import registry
-from ..errors import PatchError
+from ..errors import AdapterError, PatchError
 from ..model.sites import Site, find_sites
-from .found import state_on
+from .found import patches_in, state_on
 from .report import PatchReport, build_report
 from .state import Entry
 from .undo import carry_through, remove, remove_all
@@ -77,7 +77,18 @@ class PatchHandle:
         from .adapters import save
 
         self._require_active("save()")
+        here = [s.slice for s in self.sites if s.slice is not None and s.path in self._holding]
+        if here:
+            raise AdapterError(
+                f"{self.name}: its tensors are those of heads {here[0].start}-{here[0].stop - 1}, the heads of one rank, "
+                "and an adapter is for the whole model. Save it from a model that was loaded without tp_plan"
+            )
         return save(self, directory)
+
+    @property
+    def _holding(self) -> set[str]:
+        """Paths of the sites whose patch holds tensors."""
+        return {p.path for p in patches_in(self._entry.model) if p.entry is self._entry and p.state_dict()}
 
     def _require_active(self, what: str) -> None:
         if not self.is_active:
