@@ -80,7 +80,7 @@ class PatchHandle:
         here = [s.slice for s in self.sites if s.slice is not None and s.path in self._holding]
         if here:
             raise AdapterError(
-                f"{self.name}: its tensors are those of heads {here[0].start}-{here[0].stop - 1}, the heads of one rank, "
+                f"{self.name}: its tensors are of {here[0].start}-{here[0].stop - 1}, the heads of one rank, "
                 "and an adapter is for the whole model. Save it from a model that was loaded without tp_plan"
             )
         return save(self, directory)
