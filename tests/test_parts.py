@@ -27,7 +27,7 @@ PARTS = {
     "granite_speech": [("qformer", "bridge", 0), ("language_model", "text", 0)],
     "blip-2": [("qformer", "bridge", 0), ("language_model", "text", 0), ("vision_model", "vision", 0)],
     "instructblip": [("qformer", "bridge", 0), ("language_model", "text", 0)],
-    "blip_2_qformer": [("attention", "bridge", 0)],
+    "blip_2_qformer": [("crossattention", "cross", 0), ("layer.0.attention", "bridge", 0)],
     "kosmos-2": [("x_attn", "bridge", 0), ("text_model", "text", 0)],
     "pix2struct": [("encoder_decoder_attention", "cross", 0), ("self_attention", "decoder", 0)],
     "qwen2_5_omni": [("talker", "bridge", 0), ("token2wav", "bridge", 2), ("language_model", "text", 0)],

@@ -99,6 +99,10 @@ class Parts:
         if modality == "text" and side is None and self._beside_the_language_model(path):
             modality = "bridge"
         if modality == "bridge":
+            if cross and any(word in type(self.model).__name__ for word in _data()["classes"]["bridge"]):
+                return "cross", frozenset(
+                    {"cross", "bridge"}
+                )  # the model is the bridge: there is nothing beside it
             return "bridge", frozenset({"bridge", "cross"} if cross else {"bridge"})
         if cross:
             return "cross", frozenset({"cross"})
