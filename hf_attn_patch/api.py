@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import registry
 from .errors import PatchError
-from .install.apply import _apply
+from .install.apply import apply
+from .install.found import entries_of
 from .install.handle import PatchHandle
-from .install.plan import plan
-from .install.state import get_state
-from .install.undo import _drop
+from .install.plan import plan as plan
+from .install.plan import plan_on
+from .install.undo import remove_all
 from .model import selection
 from .model.selection import Selector
-from .model.sites import base_model
+from .model.survey import Survey
+from .model.wrappers import transformers_models
 
 
 def patch(
-    model: nn.Module,
+    model: Any,
     name_or_config: str | registry.Patch,
     *,
     part: str | None = None,
@@ -39,9 +41,10 @@ def patch(
     """Change how a loaded model attends.
 
     Args:
-        model: a transformers model, or a wrapper (PEFT) around one. It is changed in place.
+        model: a transformers model, or what holds one (PEFT, DDP, a compiled module, a pipeline); changed in place.
         name_or_config: a method name (see `available`) or a config object.
-        part: "text", "vision", "audio", "encoder", "decoder" or "cross"; None = where the method belongs.
+        part: "text", "vision", "audio", "encoder", "decoder", "cross" or "bridge" (resamplers, Q-formers, ...);
+            None = where the method belongs.
         layers: layers within the part: ints, slices, "0-3,-2:" or a mapping from such a pattern to option overrides.
         heads: query heads, in the same notation.
         impl: executor: "auto", or "reference", "torch", "triton" (forced: raises instead of falling back).
@@ -55,43 +58,62 @@ def patch(
         PatchError: one of its subclasses, before anything was changed (see `errors`).
     """
     layers, heads = selection.settled(layers), selection.settled(heads)
-    made = plan(
-        model, name_or_config, part=part, layers=layers, heads=heads, impl=impl, cache=cache, **options
-    )
-    for note in made.warnings:
-        warnings.warn(f"{made.config.name}: {note}", stacklevel=2)
-    return _apply(model, made, layers, heads)
+    survey, handle = Survey.of(model), None
+    try:
+        with survey.at_work():
+            made = plan_on(
+                survey,
+                name_or_config,
+                part=part,
+                layers=layers,
+                heads=heads,
+                impl=impl,
+                cache=cache,
+                **options,
+            )
+            for note in made.warnings:
+                warnings.warn(f"{made.config.name}: {note}", stacklevel=2)
+            handle = apply(survey, made, layers, heads)
+        return handle
+    except BaseException:  # an interrupt after the last step
+        if handle is not None:
+            handle.remove()
+        raise
 
 
-def unpatch(model: nn.Module) -> int:
-    """Remove every patch from `model`; returns how many there were (0 is fine)."""
-    base = base_model(model)
-    state = get_state(base)
-    count = 0
-    while state is not None and state.entries:
-        _drop(base, state, state.entries[-1])
-        count += 1
-    return count
+def unpatch(model: Any) -> int:
+    """Remove every patch from `model`, also those made through an object inside or around it; returns their number."""
+    return remove_all(model)
 
 
-def active(model: nn.Module) -> list[PatchHandle]:
-    """Handles of the patches on `model`, in order of `patch()` calls (works on copies of a patched model too)."""
-    state = get_state(model)
-    return [PatchHandle(model, entry) for entry in state.entries] if state else []
+def active(model: Any) -> list[PatchHandle]:
+    """Handles of the patches on `model`, in order of `patch()` calls (works on copies of a patched model too).
+
+    A patch made through a model inside or around `model` is listed as well; its handle removes it.
+    """
+    held = [base for _, base in transformers_models(model)]
+    return [PatchHandle(model if held == [e.model] else e.model, e) for _, e in entries_of(model)]
 
 
 @contextmanager
-def patched(model: nn.Module, name_or_config: str | registry.Patch, **options: Any) -> Iterator[PatchHandle]:
-    """`patch` for the length of a ``with`` block, undone even if the block raises."""
-    handle = patch(model, name_or_config, **options)
+def patched(model: Any, name_or_config: str | registry.Patch, **options: Any) -> Iterator[PatchHandle]:
+    """`patch` for the length of a ``with`` block, undone even if the block raises.
+
+    Patches that were made inside the block and are still there at its end go first, in reverse order.
+    """
+    before = [entry for _, entry in entries_of(model)]
     try:
-        yield handle
-    finally:
-        handle.remove()
+        try:
+            yield patch(model, name_or_config, **options)
+        finally:
+            remove_all(model, but=before)
+    except BaseException:
+        remove_all(model, but=before)  # nothing is left to do, unless the undo itself was interrupted
+        raise
 
 
 def load(
-    model: nn.Module, directory: str | Path, *, impl: str | None = None, revision: str | None = None
+    model: Any, directory: str | Path, *, impl: str | None = None, revision: str | None = None
 ) -> PatchHandle:
     """Put a saved patch adapter on `model`.
 
@@ -110,7 +132,7 @@ def load(
 
 @contextmanager
 def prompt(
-    model: nn.Module,
+    model: Any,
     *,
     length: int | None = None,
     image_keys: Tensor | None = None,
@@ -124,8 +146,10 @@ def prompt(
         marked: token ranges ``[[start, end], ...]`` for every row, or one such list per row (`pasta`), counted
             from the first real token of a row, end excluded.
     """
-    state = get_state(model)
-    if state is None:
+    states = {id(state): state for state, _ in entries_of(model)}
+    if not states:
         raise PatchError("hap.prompt needs a patched model; call hap.patch first")
-    with state.context.prompt(length=length, image_keys=image_keys, marked=marked):
+    with ExitStack() as stack:
+        for state in states.values():
+            stack.enter_context(state.context.prompt(length=length, image_keys=image_keys, marked=marked))
         yield

@@ -6,7 +6,9 @@
 For each family a tiny random model is built and run under its default attention, text padded on the left and once more
 without padding, where transformers drops the mask. It is run again with every attention site routed through the
 dispatch of hf_attn_patch, no patch on it. The outputs must be bit-identical, and at least one site must really have
-been called. Exit status 1 if any family differs.
+been called. Then it generates (greedy, a dictionary as result): natively, through the dispatch, and with `streaming`
+on it, once with cache="auto" (spans per KV head) and once with cache="keep"; both must give the same logits.
+Exit status 1 if any family differs.
 """
 
 from __future__ import annotations
@@ -37,6 +39,14 @@ STATES = {
     "not built": "no tiny model could be built",
     "crashed": "the worker died or ran out of time",
 }
+GENERATED = {
+    "equal": "cache='auto' frees what is never read again; logits equal those of cache='keep'",
+    "kept": "cache='auto' leaves the cache of this family alone and the report says why; logits equal",
+    "refused": "the patch says that it cannot run on this model or its cache",
+    "different": "logits differ, or only the patched model fails (must be 0)",
+    "": "no generate method, or it fails natively on our inputs",
+}
+STREAMING = {"sinks": 1, "window": 6}
 
 
 # --- in the worker ---------------------------------------------------------------------------------------------------
@@ -56,6 +66,8 @@ def examine(family: str) -> dict[str, Any]:
         "called": None,
         "diff": None,
         "why": "",
+        "generate": "",
+        "generate_why": "",
     }
     try:
         model = tiny_model(family)
@@ -103,7 +115,76 @@ def examine(family: str) -> dict[str, Any]:
         return {**row, "state": "not called", "why": f"sites such as {sites[0].class_name} were not reached"}
     if not all(torch.isfinite(t).all() for batch in plain for t in batch):
         row["why"] = "outputs hold inf or NaN"
+    row["generate"], row["generate_why"] = examine_generate(model, batches[0])
     return {**row, "state": "identical"}
+
+
+def examine_generate(model: Any, inputs: dict[str, Any]) -> tuple[str, str]:
+    """(state in GENERATED, why) of a family that runs under our dispatch."""
+    import torch
+
+    import hf_attn_patch as hap
+    from hf_attn_patch.errors import PatchError
+
+    if not model.can_generate():
+        return "", "it does not generate"
+
+    given = {k: v for k, v in inputs.items() if k not in ("decoder_input_ids", "labels")}
+    if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
+        given["decoder_start_token_id"] = 1
+
+    def logits() -> list[Any]:
+        torch.manual_seed(0)
+        dtype = model.dtype
+        kept = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in given.items()
+        }
+        with torch.no_grad():
+            out = model.generate(
+                **kept, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        return list(out.logits)
+
+    try:
+        try:
+            model.double()  # what is left between auto and keep is then no rounding
+            native = logits()
+        except Exception:
+            model.float()
+            native = logits()
+    except Exception as error:
+        return "", "natively: " + short(error)
+    try:
+        with dispatched(model):
+            if (d := difference(native, logits())) != 0.0:
+                return "different", f"dispatched, without a patch: max abs difference {d:.3g}"
+    except Exception as error:
+        return "refused" if isinstance(error, PatchError) else "different", "dispatched: " + short(error)
+    try:
+        hap.plan(model, "streaming", **STREAMING)
+    except PatchError as error:
+        return "refused", short(error)
+    results = []
+    for cache in ("keep", "auto"):
+        try:
+            with hap.patched(model, "streaming", cache=cache, **STREAMING) as handle:
+                results.append(logits())
+                notes = handle.report().notes
+                freed = any(site.slots for site in handle.report().sites)
+        except Exception as error:
+            state = "refused" if isinstance(error, PatchError) else "different"
+            return state, f"cache={cache!r}: " + short(error)
+    try:
+        torch.testing.assert_close(results[1], results[0], equal_nan=True)
+    except AssertionError:
+        return "different", f"auto and keep: max abs difference {difference(*results):.3g}"
+    return (
+        ("equal", "")
+        if freed
+        else ("kept", "; ".join(notes)[:110] or "nothing was freed, and no note says why")
+    )
 
 
 def forward(model: Any, inputs: dict[str, Any]) -> list[Any]:
@@ -249,7 +330,13 @@ def _serve(queue: SimpleQueue[str], rows: dict[str, dict[str, Any]], timeout: fl
                 f"no answer in {timeout:.0f} s" if not ready else f"worker exited with status {worker.wait()}"
             )
             rows[name] = {"family": name, "class": "", "sites": None, "called": None, "diff": None}
-            rows[name] |= {"state": "crashed", "why": why, "seconds": timeout}
+            rows[name] |= {
+                "state": "crashed",
+                "why": why,
+                "seconds": timeout,
+                "generate": "",
+                "generate_why": "",
+            }
         if not line or done >= PER_PROCESS:
             _stop(worker)
             worker = None
@@ -285,6 +372,12 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, int]:
     return {state: sum(row["state"] == state for row in rows) for state in STATES}
 
 
+def generated(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Number of identical families per state of `examine_generate`."""
+    same = [row for row in rows if row["state"] == "identical"]
+    return {state: sum(row["generate"] == state for row in same) for state in GENERATED}
+
+
 def markdown(rows: list[dict[str, Any]], seconds: float, command: str) -> str:
     """The page."""
     import torch
@@ -309,12 +402,18 @@ def markdown(rows: list[dict[str, Any]], seconds: float, command: str) -> str:
         "|---|---:|---|",
         *(f"| {state} | {counts[state]} | {meaning} |" for state, meaning in STATES.items()),
         "",
+        "`generate` with `streaming` on the identical ones, 8 tokens:",
+        "",
+        "| generate | families | meaning |",
+        "|---|---:|---|",
+        *(f"| {state} | {generated(rows)[state]} | {meaning} |" for state, meaning in GENERATED.items()),
+        "",
         f"{datetime.date.today()}, transformers {transformers.__version__}, torch {torch.__version__}, "
         f"Python {sys.version.split()[0]}, {seconds:.0f} s with `{command}`.",
         "`sites` is called / found: a forward without video, for example, does not reach every site.",
         "",
-        "| family | model class | sites | identical | why not |",
-        "|---|---|---:|---|---|",
+        "| family | model class | sites | identical | generate | why not |",
+        "|---|---|---:|---|---|---|",
     ]
     order = list(STATES)
     for row in sorted(rows, key=lambda row: (order.index(row["state"]), row["family"])):
@@ -325,7 +424,10 @@ def markdown(rows: list[dict[str, Any]], seconds: float, command: str) -> str:
         if row["state"] == "different" and row["diff"] is not None:
             same += f" ({row['diff']:.2g})"
         why = f"{row['state']}: {row['why']}" if row["state"] not in ("identical", "no sites") else row["why"]
-        lines.append(f"| {row['family']} | {row['class']} | {sites} | {same} | {why} |")
+        told = row.get("generate", "")
+        if row.get("generate_why") and told:
+            why = "; ".join(filter(None, [why, "generate: " + row["generate_why"]]))
+        lines.append(f"| {row['family']} | {row['class']} | {sites} | {same} | {told} | {why} |")
     return "\n".join(lines) + "\n"
 
 
@@ -365,10 +467,16 @@ def main() -> int:
         output.write_text(markdown(rows, seconds, " ".join(["python scripts/coverage.py", *args.families])))
     summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     print(f"{len(rows)} families in {seconds:.0f} s: {summary}", file=sys.stderr)
+    print(
+        "generate: " + ", ".join(f"{n} {s or 'not run'}" for s, n in generated(rows).items() if n),
+        file=sys.stderr,
+    )
     for row in rows:
         if row["state"] == "different":
             print(f"  {row['family']} ({row['class']}): {row['why']}", file=sys.stderr)
-    return 1 if counts["different"] else 0
+        if row.get("generate") == "different":
+            print(f"  {row['family']} ({row['class']}): generate: {row['generate_why']}", file=sys.stderr)
+    return 1 if counts["different"] or generated(rows)["different"] else 0
 
 
 if __name__ == "__main__":

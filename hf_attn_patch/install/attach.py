@@ -11,7 +11,9 @@ from torch import nn
 from ..errors import ModelMismatchError
 from ..model.sites import Site, base_model, find_sites, why_not_dispatchable
 from .dispatch import live, register, unregister_if_unused
-from .names import CHILD, EAGER_NAME, NAME
+from .found import other_states
+from .names import CHILD
+from .routed import RoutedName, is_ours, native_of
 from .stack import PatchStack, stacks_of
 
 if TYPE_CHECKING:
@@ -49,42 +51,70 @@ def set_implementation(config: Any, name: str | None) -> None:
 
 
 def attach(
-    model: nn.Module, sites: list[Site], context: Context | None = None
+    model: nn.Module,
+    sites: list[Site],
+    context: Context | None = None,
+    snapshot: list[tuple[Any, str | None]] | None = None,
 ) -> list[tuple[Any, str | None]]:
     """Put an empty `PatchStack` on every site that shares a config with `sites` and route those configs to us.
 
+    Args:
+        snapshot: (config, previous implementation) pairs of earlier calls; changed in place, before each switch,
+            so that an interrupted call can be undone.
+
     Returns:
-        (config, previous implementation) pairs for `detach`.
+        `snapshot`, for `detach`.
 
     Raises:
         ModelMismatchError: a forward branches on the implementation's name; nothing was changed.
     """
+    snapshot = [] if snapshot is None else snapshot
     chosen = configs_of(model, sites)
     ids = {id(c) for c in chosen}
     sharing = [s for s in find_sites(model) if id(getattr(s.module, "config", None)) in ids]
     for site in sharing:
         if (reason := why_not_dispatchable(site.module)) is not None:
             raise ModelMismatchError(f"{site.path} cannot be patched: {reason}")
+    natives = {id(config): _native(model, config, snapshot) for config in chosen}
     register()
-    snapshot = []
-    for site in sharing:
-        config = getattr(site.module, "config", None)
-        if CHILD not in site.module._modules:
-            native = getattr(config, "_attn_implementation", None) or "sdpa"
-            site.module.add_module(CHILD, PatchStack(native, context))
-    for config in chosen:
-        previous = getattr(config, "_attn_implementation", None)
-        if previous in (NAME, EAGER_NAME):
-            continue
-        snapshot.append((config, previous))
-        set_implementation(config, EAGER_NAME if previous == "eager" else NAME)
+    stacks: list[PatchStack] = []
+    try:
+        for site in sharing:
+            native = natives[id(site.module.config)] or "sdpa"
+            if CHILD not in site.module._modules:
+                stacks.append(PatchStack(native, context))
+                site.module.add_module(CHILD, stacks[-1])
+            for stack in stacks_of(site.module):
+                stack.native = native  # the user may have chosen another one since the last patch
+        for config in chosen:
+            if is_ours(config._attn_implementation) and any(c is config for c, _ in snapshot):
+                continue
+            snapshot[:] = [pair for pair in snapshot if pair[0] is not config]
+            snapshot.append((config, natives[id(config)]))
+            set_implementation(config, RoutedName(natives[id(config)], config))
+    except BaseException:
+        for stack in stacks:
+            live.discard(stack)
+        raise
     return snapshot
+
+
+def _native(model: nn.Module, config: Any, snapshot: list[tuple[Any, str | None]]) -> str | None:
+    """The implementation `config` asks for without patches: one of our names may be there already, from an earlier
+    patch, from a patch on a model inside or around this one, or left in a config that came from elsewhere."""
+    current = getattr(config, "_attn_implementation", None)
+    if is_ours(current):
+        for pairs in (snapshot, *(state.snapshot for state in other_states(model))):
+            for known, previous in pairs:
+                if known is config:
+                    return previous
+    return native_of(current)
 
 
 def detach(
     model: nn.Module, snapshot: list[tuple[Any, str | None]], keep: list[Site] | None = None
 ) -> list[tuple[Any, str | None]]:
-    """Undo `attach`: restore configs, drop the stacks, and the registration if nobody else uses it.
+    """Undo `attach`: restore configs, drop the stacks, and the registration if nobody else uses it. Safe to repeat.
 
     Args:
         keep: sites that stay patched; what they need stays.
@@ -93,15 +123,21 @@ def detach(
         The part of `snapshot` that is still to be undone.
     """
     kept = {id(config) for config in configs_of(model, keep or [])}
+    others = other_states(model)  # patched through a model inside or around this one
+    shared = {id(config) for state in others for config, _ in state.snapshot}
+    theirs = {id(m) for state in others for e in state.entries[:1] for m in e.model.modules()}
     for config, previous in snapshot:
-        ours = getattr(config, "_attn_implementation", None) in (NAME, EAGER_NAME)
-        if id(config) not in kept and ours:  # what the user has chosen meanwhile stays
+        ours = is_ours(getattr(config, "_attn_implementation", None))
+        if id(config) not in kept | shared and ours:  # what the user has chosen meanwhile stays
             set_implementation(config, previous)
     for module in model.modules():
-        if CHILD in module._modules and id(getattr(module, "config", None)) not in kept:
-            for stack in stacks_of(module):
-                live.discard(stack)
-            del module._modules[CHILD]
+        if CHILD not in module._modules or (config := id(getattr(module, "config", None))) in kept:
+            continue
+        if config in shared and id(module) in theirs:
+            continue
+        for stack in stacks_of(module):
+            live.discard(stack)
+        del module._modules[CHILD]
     unregister_if_unused()
     return [(config, previous) for config, previous in snapshot if id(config) in kept]
 

@@ -17,6 +17,7 @@ from ..call.mask import Mask
 from ..forward.checkpointing import FACTS
 from .names import CHILD, EAGER_NAME, NAME
 from .native import native_attention
+from .routed import warn_unpatched
 
 live: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every `PatchStack`: who still needs the registration
 
@@ -30,6 +31,7 @@ def attention_forward(
         stack is None
     ):  # a module that shares its config with patched ones but was no site when they were patched
         kwargs.pop(FACTS, None)
+        warn_unpatched(module.config)
         native = "eager" if getattr(module.config, "_attn_implementation", NAME) == EAGER_NAME else "sdpa"
         return native_attention(module, native, query, key, value, attention_mask, kwargs)
     return stack(module, query, key, value, attention_mask, kwargs)

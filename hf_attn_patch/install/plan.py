@@ -5,24 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from .. import registry
 from ..errors import CompositionError, ConfigError, ModelMismatchError, SelectionError
 from ..kernels import check_impl, prepare, unavailable
 from ..model import selection
+from ..model.parts import PARTS
 from ..model.selection import Selector
-from ..model.sites import (
-    PARTS,
-    Site,
-    attention_classes,
-    base_model,
-    find_sites,
-    left_alone,
-    why_not_dispatchable,
-)
+from ..model.sites import Site, why_not_dispatchable
+from ..model.survey import Survey
+from . import localize
+from .found import state_on
 from .stack import stacks_of
-from .state import State, get_state
+from .state import State
 
 CACHE_POLICIES = ("auto", "keep")
 
@@ -78,17 +72,15 @@ class Plan:
         return "\n".join(lines)
 
 
-def _choose_sites(
-    model: nn.Module, config: registry.Patch, part: str | None
-) -> tuple[list[Site], list[Site]]:
-    """(chosen, all) sites for a part.
+def _choose_sites(survey: Survey, config: registry.Patch, part: str | None) -> list[Site]:
+    """The sites for a part.
 
     Raises:
         ModelMismatchError: the model has no site, or none of that part.
     """
-    everything = find_sites(model)
+    model, everything = survey.base, survey.sites
     if not everything:
-        classes = attention_classes(model)
+        classes = survey.attention_classes
         raise ModelMismatchError(
             f"{type(model).__name__} has no attention site: its attention ({', '.join(classes) or 'none found'}) does "
             "not use transformers' attention interface, so there is nothing a patch could hook into"
@@ -96,19 +88,23 @@ def _choose_sites(
         )
     if part is not None and part not in PARTS:
         raise SelectionError(f"part={part!r} is unknown; parts are {', '.join(PARTS)}")
-    have = sorted({p for s in everything for p in s.parts})
+    have = survey.parts
     wanted = part if part is not None else config.default_part
     if wanted is not None and part is None and wanted not in have:
         wanted = None  # a bare ViT has no "text"; take what the method allows
-    if wanted is not None and part is not None and wanted not in config.parts:
+    allowed = set(config.parts)
+    if part == "bridge" and allowed >= set(PARTS) - {"bridge"}:
+        allowed.add("bridge")  # a method that makes sense everywhere does so there, but must be asked
+    if wanted is not None and part is not None and wanted not in allowed:
         raise ModelMismatchError(
             f"{config.name} is not defined for part={part!r}; parts: {', '.join(config.parts)}"
         )
     chosen = [
         s
         for s in everything
-        if (wanted is None or wanted in s.parts) and s.parts & set(config.parts)
-        and ("cross" in config.parts or s.part != "cross")
+        if (wanted is None or wanted in s.parts) and s.parts & allowed
+        and ("cross" in config.parts or "cross" not in s.parts)
+        and (s.part != "bridge" or part is not None)
         and not (config.causal_only and not s.causal and part is None)
     ]  # fmt: skip
     if not chosen:
@@ -116,7 +112,7 @@ def _choose_sites(
             f"{type(model).__name__} has no site for {config.name} (part={part or config.default_part!r}); "
             f"parts of this model: {', '.join(have)}; {config.name} works on: {', '.join(config.parts)}"
         )
-    return chosen, everything
+    return chosen
 
 
 def _variants(
@@ -147,6 +143,42 @@ def _variants(
     return [(tuple(members), special) for members, special in grouped.values()]
 
 
+def restricts(config: registry.Patch) -> bool:
+    """True if the method narrows what is read by a rule (its code calls ``program.restrict``)."""
+    for cls in type(config).__mro__[: type(config).__mro__.index(registry.Patch)]:
+        for value in vars(cls).values():
+            code = getattr(value, "__code__", None)
+            if code is not None and "restrict" in code.co_names:
+                return True
+    return config.frees_cache
+
+
+def _check_merged(config: registry.Patch, chosen: list[Site]) -> None:
+    merged = [site for site in chosen if site.merged]
+    if merged and restricts(config):
+        fit = sorted({site.part for site in chosen if not site.merged})
+        raise ModelMismatchError(
+            f"{config.name}: {merged[0].path} attends to its own tokens and an encoder's in one call, and rules of "
+            f"{config.name} count positions of one sequence"
+            + (f". Choose another part: part={fit[0]!r}" if fit else "; it does not fit this model")
+        )
+
+
+def _check_trainable(survey: Survey, variants: list[Any], chosen: list[Site]) -> None:
+    reason = survey.why_not_trainable
+    if reason is None:
+        return
+    for site, kinds in zip(chosen, variants):
+        for _, config in kinds:
+            trained = [n for n, t in config.tensors(site).items() if t.requires_grad]
+            if trained:
+                raise ModelMismatchError(
+                    f"{config.name}: its parameter {trained[0]!r} on {site.path} would be trained apart on every rank: "
+                    f"{reason}. Patch first, then wrap: hap.patch(model, ...), then DistributedDataParallel(model) or "
+                    "fully_shard(model)"
+                )
+
+
 def _check_composition(state: State | None, config: registry.Patch, paths: list[str], impl: str) -> None:
     for entry in state.entries if state else []:
         shared = sorted(set(entry.paths) & set(paths))
@@ -167,7 +199,7 @@ def _check_composition(state: State | None, config: registry.Patch, paths: list[
 
 
 def plan(
-    model: nn.Module,
+    model: Any,
     name_or_config: str | registry.Patch,
     *,
     part: str | None = None,
@@ -181,6 +213,25 @@ def plan(
 
     Args and errors are those of `patch`.
     """
+    survey = Survey.of(model)
+    with survey.at_work():
+        return plan_on(
+            survey, name_or_config, part=part, layers=layers, heads=heads, impl=impl, cache=cache, **options
+        )
+
+
+def plan_on(
+    survey: Survey,
+    name_or_config: str | registry.Patch,
+    *,
+    part: str | None = None,
+    layers: Selector = None,
+    heads: Selector = None,
+    impl: str = "auto",
+    cache: str = "auto",
+    **options: Any,
+) -> Plan:
+    """`plan` for a model that has been read already."""
     config = registry.build(name_or_config, options)
     layers, heads = selection.settled(layers), selection.settled(heads)
     try:
@@ -189,8 +240,12 @@ def plan(
         raise ConfigError(str(error)) from None
     if cache not in CACHE_POLICIES:
         raise ConfigError(f"cache={cache!r} is unknown; choose one of {', '.join(CACHE_POLICIES)}")
-    base = base_model(model)
-    candidates, everything = _choose_sites(base, config, part)
+    base, everything = survey.base, survey.sites
+    candidates = _choose_sites(survey, config, part)
+    if survey.why_not_parallel is not None:
+        raise ModelMismatchError(
+            f"{config.name}: {type(base).__name__} cannot be patched: {survey.why_not_parallel}"
+        )
     count = max(s.layer for s in candidates) + 1
     wanted = set(selection.indices(layers, count, f"{part or candidates[0].part} layer"))
     chosen = [s for s in candidates if s.layer in wanted]
@@ -210,7 +265,10 @@ def plan(
             raise ModelMismatchError(f"{config.name} needs causal attention, {site.path} is bidirectional")
         for _, special in kinds:
             special.check(site)
-    devices = {p.device for site in chosen for p in site.module.parameters()}
+            localize.check(special, site)
+    _check_merged(config, chosen)
+    _check_trainable(survey, variants, chosen)
+    devices = {d for site in chosen if (d := survey.devices[site.path]) is not None}
     for device in devices:
         prepare(device)
         if impl != "auto" and device.type != "meta" and (reason := unavailable(impl, device)) is not None:
@@ -222,13 +280,13 @@ def plan(
     notes = [note for special in different.values() for note in special.check_model(base, chosen)]
     watched = [s for s in config.watches(base) if s.path not in {c.path for c in chosen}]
     chosen, variants = chosen + watched, variants + [[(None, config)] for _ in watched]
-    state = get_state(base)
+    state = state_on(base)
     for site in everything:
         for stack in stacks_of(site.module):
             if stack.context is not None and (state is None or stack.context is not state.context):
                 raise CompositionError(
                     f"{site.path} is patched already, through another model object inside or around this "
-                    f"{type(base).__name__}. Patch and undo through one object"
+                    f"{type(base).__name__}. Patch through one object, or start anew with hap.unpatch(model)"
                 )
     _check_composition(state, config, [s.path for s in chosen], impl)
     return Plan(
@@ -242,5 +300,5 @@ def plan(
         variants=variants,
         untouched=len(everything) - len(chosen),
         warnings=list(dict.fromkeys(notes)),
-        left_alone=left_alone(base),
+        left_alone=survey.left_alone,
     )

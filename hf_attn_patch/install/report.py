@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..model.sites import left_alone
+from ..model.sites import Site, left_alone
 from .names import EAGER_NAME, NAME
 from .stack import SitePatch, stacks_of
 
@@ -104,6 +104,18 @@ def densities(last: dict[str, Any]) -> tuple[float | None, float | None]:
     return layout.density()
 
 
+def _about(sites: list[Site]) -> list[str]:
+    """What a reader of the table should know about its sites."""
+    notes = []
+    if merged := [s for s in sites if s.merged]:
+        notes.append(
+            f"{len(merged)} sites attend to their own tokens and an encoder's in one call, first {merged[0].path}"
+        )
+    if (part := next((s.slice for s in sites if s.slice), None)) is not None:
+        notes.append(f"tensor parallel: query heads {part.start}-{part.stop - 1} are computed by this rank")
+    return notes
+
+
 def build_report(handle: PatchHandle, note: str) -> PatchReport:
     """Assemble the report of `handle` from the last call of each of its sites."""
     entry = handle._entry
@@ -146,5 +158,6 @@ def build_report(handle: PatchHandle, note: str) -> PatchReport:
             f"the attention implementation was set to {other!r} after patching, so the patch is not reached; remove it "
             "and patch again"
         )
+    notes += _about(handle.sites)
     notes += [f"left alone: {one}, which has no dispatch" for one in left_alone(entry.model)]
     return PatchReport(entry.config.name, entry.config.to_dict(), entry.impl, entry.enabled, rows, notes)

@@ -103,6 +103,7 @@ class EntropyScale(Patch):
     counts = "edit"
     paper = "Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis"
     arxiv = "2306.08645"
+    head_state = ()
     parts = ("text", "vision", "audio", "encoder", "decoder")
     default_part = "text"
 

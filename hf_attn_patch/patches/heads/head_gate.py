@@ -37,6 +37,7 @@ class HeadGate(Patch):
 
     paper = "Are Sixteen Heads Really Better than One?"
     arxiv = "1905.10650"
+    head_state = ("gate",)
     trainable = True
     needs = (HeadMask(),)
 

@@ -106,6 +106,7 @@ class Pasta(Patch):
     counts = "edit"
     paper = "Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs"
     arxiv = "2311.02262"
+    head_state = ("_set",)
     parts = ("text", "decoder")
     default_part = "text"
     needs = (PromptLength(),)

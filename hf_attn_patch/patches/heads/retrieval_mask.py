@@ -39,6 +39,7 @@ class RetrievalMask(Patch):
 
     paper = "Retrieval Head Mechanistically Explains Long-Context Factuality"
     arxiv = "2404.15574"
+    head_state = ("_set",)
     default_part = "text"
 
     head_set: dict | list | str = option(

@@ -51,6 +51,7 @@ class BlockTopK(Patch):
     counts = "edit"
     paper = "MoBA: Mixture of Block Attention for Long-Context LLMs"
     arxiv = "2502.13189"
+    head_state = ()
     parts = ("text", "decoder")
     default_part = "text"
     causal_only = True

@@ -81,6 +81,7 @@ class Duo(Patch):
     counts = "rule"
     paper = "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"
     arxiv = "2410.10819"
+    head_state = ("_table", "_set", "_full")
     parts = ("text", "decoder")
     default_part = "text"
     needs = (AuxiliaryLosses(),)

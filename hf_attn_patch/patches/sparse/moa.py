@@ -85,6 +85,7 @@ class MoA(Patch):
     counts = "rule"
     paper = "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression"
     arxiv = "2406.14909"
+    head_state = ("_table",)
     parts = ("text", "decoder")
     default_part = "text"
     causal_only = True

@@ -40,6 +40,7 @@ class Streaming(Patch):
     counts = "rule"
     paper = "Efficient Streaming Language Models with Attention Sinks"
     arxiv = "2309.17453"
+    head_state = ()
     parts = ("text", "encoder", "decoder", "audio")
     default_part = "text"
     needs = ()

@@ -58,6 +58,7 @@ class VerticalSlash(Patch):
     counts = "edit"
     paper = "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention"
     arxiv = "2407.02490"
+    head_state = ("_table",)
     parts = ("text", "decoder")
     default_part = "text"
     needs = (PromptLength(),)
