@@ -20,6 +20,7 @@ from .install.found import entries_of
 from .install.handle import PatchHandle
 from .install.plan import plan as plan
 from .install.plan import plan_on
+from .install.several import SeveralHandle
 from .install.undo import remove_all
 from .model import selection
 from .model.selection import Selector
@@ -42,6 +43,7 @@ def patch(
 
     Args:
         model: a transformers model, or what holds one (PEFT, DDP, a compiled module, a pipeline); changed in place.
+            A wrapper of several independent models (a policy and its reference) gets the patch on each of them.
         name_or_config: a method name (see `available`) or a config object.
         part: "text", "vision", "audio", "encoder", "decoder", "cross" or "bridge" (resamplers, Q-formers, ...);
             None = where the method belongs.
@@ -58,6 +60,10 @@ def patch(
         PatchError: one of its subclasses, before anything was changed (see `errors`).
     """
     layers, heads = selection.settled(layers), selection.settled(heads)
+    several = [one for _, one in transformers_models(model)]
+    if len(several) > 1:
+        settings = dict(part=part, layers=layers, heads=heads, impl=impl, cache=cache, **options)
+        return _patch_several(model, several, name_or_config, settings)
     survey, handle = Survey.of(model), None
     try:
         with survey.at_work():
@@ -79,6 +85,23 @@ def patch(
         if handle is not None:
             handle.remove()
         raise
+
+
+def _patch_several(
+    model: Any, several: list[Any], name_or_config: str | registry.Patch, settings: dict[str, Any]
+) -> PatchHandle:
+    """`patch` on every model of a wrapper: all are checked before the first is changed."""
+    for one in several:
+        plan(one, name_or_config, **settings)
+    handles: list[PatchHandle] = []
+    try:
+        for one in several:
+            handles.append(patch(one, name_or_config, **settings))
+    except BaseException:
+        for handle in reversed(handles):
+            handle.remove()
+        raise
+    return SeveralHandle(model, handles)
 
 
 def unpatch(model: Any) -> int:

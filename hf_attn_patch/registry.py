@@ -65,6 +65,9 @@ class Patch:
     head_selectable: ClassVar[bool] = True
     frees_cache: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
+    head_state: ClassVar[tuple[str, ...] | None] = (
+        None  # attributes with one entry per head; None: cannot be cut
+    )
     without_site: ClassVar[str] = (
         ""  # what to do with a model that has no attention site (end of that refusal)
     )

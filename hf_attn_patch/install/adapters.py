@@ -63,7 +63,7 @@ def save(handle: PatchHandle, directory: str | Path) -> Path:
         AdapterError: the folder cannot be written, is a snapshot of the hub cache, or the adapter could not be loaded
             again (a value is not finite, is not here, or is a shard that cannot be gathered). Nothing was written.
     """
-    pieces = _site_patches(handle.model, handle._entry.key)
+    pieces = _site_patches(handle._entry.model, handle._entry.key)
     held = [
         (f"{path}.{place}." if place else f"{path}.", name, module, tensor)
         for path, patch in pieces.items()
@@ -88,7 +88,7 @@ def _files(handle: PatchHandle, pieces: dict[str, SitePatch], tensors: dict[str,
     """Name -> content of the files of an adapter; what `load` would refuse is refused here."""
     from safetensors.torch import save as serialized
 
-    entry, base, sites = handle._entry, base_model(handle.model), handle.sites
+    entry, base, sites = handle._entry, handle._entry.model, handle.sites
     known = [(s, pieces[s.path].variants) for s in sites if s.path in pieces]
     for name, made in made_for(known).items():
         if name not in tensors or tuple(tensors[name].shape) != made.shape:
@@ -200,7 +200,7 @@ def _load(
     check_derived(tensors, derived(planned), set(data.get("changed", ())), folder)
     handle = patch(model, config, **settings)
     try:
-        for path, piece in _site_patches(handle.model, handle._entry.key).items():
+        for path, piece in _site_patches(handle._entry.model, handle._entry.key).items():
             piece.load_state_dict({name: tensors[f"{path}.{name}"] for name in piece.state_dict()})
     except BaseException:
         handle.remove()

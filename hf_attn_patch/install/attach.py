@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ModelMismatchError
 from ..model.sites import Site, base_model, find_sites, why_not_dispatchable
-from .dispatch import live, register, unregister_if_unused
+from .dispatch import live, lock, register, unregister_if_unused
 from .found import other_states
 from .names import CHILD
 from .routed import RoutedName, is_ours, native_of
@@ -76,16 +76,17 @@ def attach(
         if (reason := why_not_dispatchable(site.module)) is not None:
             raise ModelMismatchError(f"{site.path} cannot be patched: {reason}")
     natives = {id(config): _native(model, config, snapshot) for config in chosen}
-    register()
     stacks: list[PatchStack] = []
     try:
-        for site in sharing:
-            native = natives[id(site.module.config)] or "sdpa"
-            if CHILD not in site.module._modules:
-                stacks.append(PatchStack(native, context))
-                site.module.add_module(CHILD, stacks[-1])
-            for stack in stacks_of(site.module):
-                stack.native = native  # the user may have chosen another one since the last patch
+        with lock:
+            register()
+            for site in sharing:
+                native = natives[id(site.module.config)] or "sdpa"
+                if CHILD not in site.module._modules:
+                    stacks.append(PatchStack(native, context))
+                    site.module.add_module(CHILD, stacks[-1])
+                for stack in stacks_of(site.module):
+                    stack.native = native  # the user may have chosen another one since the last patch
         for config in chosen:
             if is_ours(config._attn_implementation) and any(c is config for c, _ in snapshot):
                 continue

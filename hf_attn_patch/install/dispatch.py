@@ -8,6 +8,7 @@ devices, PEFT and several models in one process need no global table.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -19,6 +20,9 @@ from .names import CHILD, EAGER_NAME, NAME
 from .native import native_attention
 from .routed import warn_unpatched
 
+lock = (
+    threading.RLock()
+)  # else another thread may forget the names before the first stack of this one is `live`
 live: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every `PatchStack`: who still needs the registration
 
 
@@ -61,22 +65,24 @@ def register() -> None:
     """Tell transformers about both functions, under both names. Safe to repeat."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    for name, mask in ((NAME, mask_function), (EAGER_NAME, eager_mask_function)):
-        AttentionInterface.register(name, attention_forward)
-        AttentionMaskInterface.register(name, mask)
+    with lock:
+        for name, mask in ((NAME, mask_function), (EAGER_NAME, eager_mask_function)):
+            AttentionInterface.register(name, attention_forward)
+            AttentionMaskInterface.register(name, mask)
 
 
 def unregister_if_unused() -> bool:
     """Forget both names once no patched model (or copy of one) is alive. True if they are gone."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if len(live):
-        return False
-    for name in (NAME, EAGER_NAME):
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            # there is no public way to take a registration back
-            interface._global_mapping.pop(name, None)
-    return True
+    with lock:
+        if len(live):
+            return False
+        for name in (NAME, EAGER_NAME):
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                # there is no public way to take a registration back
+                interface._global_mapping.pop(name, None)
+        return True
 
 
 def registered() -> bool:

@@ -35,6 +35,7 @@ class SitePatch(nn.Module):
             "num_heads": site.num_heads,
             "num_kv_heads": site.num_kv_heads,
             "causal": site.causal,
+            "merged": site.merged,
         }
         # the first variant's tensors live here, those of further ones (heads with other options) in children 1, 2, ...
         for number, (_, config) in enumerate(variants):

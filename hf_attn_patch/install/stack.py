@@ -120,6 +120,17 @@ class PatchStack(nn.Module):
                 "known (torch.compile was given position_ids and no attention_mask), and rules count from the start "
                 "of a sequence. Pass an attention_mask, or leave position_ids to the model"
             )
+        facts = active[0].facts
+        if program.rules and facts["merged"]:
+            raise ModelMismatchError(
+                f"{active[0].entry.config.name}: {active[0].path} attends to its own tokens and an encoder's in one "
+                "call; rules count the tokens of one sequence. Exclude this layer with layers=..."
+            )
+        if facts["num_heads"] not in (None, program.num_heads):
+            raise ModelMismatchError(
+                f"{active[0].path} is called with {program.num_heads} heads, its patch was made for "
+                f"{facts['num_heads']}: the model was sharded or changed after patching. Patch it again"
+            )
         # one forced choice wins over auto; two different forced ones were refused at patch time
         plain = not program.ragged and not program.need_weights and _impl(active) == "auto"
         if plain and same_state(
