@@ -50,6 +50,8 @@ class Patch:
         bidirectional sites. head_selectable: accepts ``heads=``. frees_cache: has `spans`. trainable: has
         parameters with gradients. counts: whether it counts tokens of a sequence, by a rule of `call.rules`
         ("rule") or already in `edit` ("edit": blocks, spans); rows that are no plain sequences are cut for it.
+        steady: `edit` does the same to every decoded token of a conversation (it reads options, tensors of the
+        patch and the length of the prompt, and nothing else).
     """
 
     name: ClassVar[str] = ""
@@ -62,6 +64,7 @@ class Patch:
     exclusive: ClassVar[frozenset[str]] = frozenset()
     causal_only: ClassVar[bool] = False
     counts: ClassVar[Literal["", "rule", "edit"]] = ""
+    steady: ClassVar[bool] = False
     head_selectable: ClassVar[bool] = True
     frees_cache: ClassVar[bool] = False
     trainable: ClassVar[bool] = False

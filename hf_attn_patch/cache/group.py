@@ -27,6 +27,7 @@ class Group:
 
     def __init__(self, heads: tuple[int, ...], span: Span):
         self.heads = heads
+        self.span = span
         self.sinks, self.window = span
         self.key: Tensor | None = None
         self.value: Tensor | None = None
@@ -83,19 +84,25 @@ class Group:
         new, total = key.shape[2], seen + key.shape[2]
         if self.wrapped and new == 1:
             self._write(key, value, seen)
-            return KVGroup(self.heads, self.key, self.value, lambda: self.columns(total, start), True)
+            return KVGroup(
+                self.heads, self.key, self.value, lambda: self.columns(total, start), True, self.span
+            )
         if not self.wrapped:
             self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
             if self.fits(total, last_start):
-                whole = new == 1 and last_start == 0 and not self.keeps_all
-                return KVGroup(self.heads, self.key, self.value, lambda: self.columns(total, start), whole)
+                whole = new == 1 and last_start == 0
+                return KVGroup(
+                    self.heads, self.key, self.value, lambda: self.columns(total, start), whole, self.span
+                )
             columns = torch.arange(total, device=start.device).expand(start.shape[0], -1)
             group = KVGroup(self.heads, self.key, self.value, columns)
             self.key, self.value = (self._survivors(t, start) for t in (self.key, self.value))
             self.wrapped = True
             if new > 1:
                 return group
-            return KVGroup(self.heads, self.key, self.value, lambda: self.columns(total, start), True)
+            return KVGroup(
+                self.heads, self.key, self.value, lambda: self.columns(total, start), True, self.span
+            )
         # a chunk of several queries reads what was kept before it, plus itself
         fresh = torch.arange(seen, total, device=start.device).expand(start.shape[0], -1)
         columns = torch.cat([self.columns(seen, start), fresh], 1)

@@ -18,8 +18,8 @@ class KVGroup:
     """KV heads that keep the same tokens.
 
     heads: KV head indices, length n. key [B, n, S_g, D], value [B, n, S_g, Dv]. columns: int64 [B, S_g], or a function
-    that makes them when somebody asks. whole: a query of the newest token reads every slot, as far as the span that the
-    group was kept for goes.
+    that makes them when somebody asks. whole: the slots are just what a query of the newest token reads by `span`
+    (sinks, window), which the group was kept for.
     """
 
     def __init__(
@@ -29,8 +29,9 @@ class KVGroup:
         value: Tensor,
         columns: Tensor | Callable[[], Tensor],
         whole: bool = False,
+        span: tuple[int, int] | None = None,
     ):
-        self.heads, self.key, self.value, self.whole = heads, key, value, whole
+        self.heads, self.key, self.value, self.whole, self.span = heads, key, value, whole, span
         self._columns = columns
 
     @property
@@ -72,7 +73,10 @@ class RaggedKV:
     def as_dtype(self, dtype: torch.dtype) -> RaggedKV:
         """The same tokens in another dtype (what the cache holds stays as it is)."""
         return RaggedKV(
-            [KVGroup(g.heads, g.key.to(dtype), g.value.to(dtype), g._columns, g.whole) for g in self.groups],
+            [
+                KVGroup(g.heads, g.key.to(dtype), g.value.to(dtype), g._columns, g.whole, g.span)
+                for g in self.groups
+            ],
             self.seen,
         )
 

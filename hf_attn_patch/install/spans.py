@@ -43,13 +43,15 @@ class SpanCache(Need):
         cache = given.get("past_key_values")
         if not given.has_cache or cache is None:
             return
-        self._note(cache)
         key = (
             tuple(e.enabled for e in self.state.entries),
             running.first_prompt,
             id(running.override) if running.override else 0,
         )
         memory = running.memory
+        if running.seen and "spans noted" not in memory:
+            memory["spans noted"] = True
+            self._note(cache)
         if running.seen and memory.get("spans") == key and not memory.get("spans waiting"):
             return  # nothing that spans depend on has changed since the last token
         wanted = self.wanted(running)

@@ -14,7 +14,7 @@ from ..errors import ModelMismatchError
 from ..forward.checkpointing import FACTS
 from ..forward.packing import from_lengths
 from ..kernels import Result, attention
-from . import pieces
+from . import pieces, steady
 from .dispatch import live, register
 from .names import CHILD
 from .native import evicted, native_attention
@@ -42,7 +42,11 @@ class PatchStack(nn.Module):
         self.native = native
         self.context = context
         self.patches = nn.ModuleDict()
+        self.steady: steady.Steady | None = None
         live.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "steady": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # copy.deepcopy and torch.load come through here
         super().__setstate__(state)
@@ -67,6 +71,11 @@ class PatchStack(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Run one attention call of `module`; same contract as a transformers attention function."""
         kwargs.pop(FACTS, None)
+        if self.steady is not None and query.shape[2] == 1:
+            short = self.steady.run(self, module, query, key, value, attention_mask, kwargs)
+            if short is not None:
+                return short
+            self.steady = None
         running = None if self.context is None else self.context.running()
         try:
             return self._run(running, module, query, key, value, attention_mask, kwargs)
@@ -149,6 +158,8 @@ class PatchStack(nn.Module):
             return output, result.weights
         for patch in active:
             patch.last = summary(program, result)
+        if program.q_len == 1:
+            self.steady = steady.of(self, active, module, program, result.executor)
         return output, result.weights
 
     def _pieces(

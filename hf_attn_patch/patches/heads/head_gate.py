@@ -35,6 +35,7 @@ class HeadGate(Patch):
     ``head_mask=`` and computes as if it were not there; while this patch is active, passing it warns.
     """
 
+    steady = True
     paper = "Are Sixteen Heads Really Better than One?"
     arxiv = "1905.10650"
     head_state = ("gate",)

@@ -37,6 +37,7 @@ class RetrievalMask(Patch):
     contributes nothing, on any model and executor.
     """
 
+    steady = True
     paper = "Retrieval Head Mechanistically Explains Long-Context Factuality"
     arxiv = "2404.15574"
     head_state = ("_set",)

@@ -79,6 +79,7 @@ class Duo(Patch):
     """
 
     counts = "rule"
+    steady = True
     paper = "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"
     arxiv = "2410.10819"
     head_state = ("_table", "_set", "_full")

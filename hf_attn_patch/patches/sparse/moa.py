@@ -83,6 +83,7 @@ class MoA(Patch):
     """
 
     counts = "rule"
+    steady = True
     paper = "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression"
     arxiv = "2406.14909"
     head_state = ("_table",)

@@ -38,6 +38,7 @@ class Streaming(Patch):
     """
 
     counts = "rule"
+    steady = True
     paper = "Efficient Streaming Language Models with Attention Sinks"
     arxiv = "2309.17453"
     head_state = ()
