@@ -1,4 +1,4 @@
-"""`Steady`: what does not change between two decoded tokens of a site, so that a token costs a lookup and a kernel call.
+"""`Steady`: what does not change between two decoded tokens of a site, so that a token costs a lookup and a kernel.
 
 Methods that are ``steady`` edit every decoded token of a conversation alike. After one token went the general way, the
 next ones skip the program: where a cache with a span per KV head holds just what the rules let a token read, attention
@@ -20,9 +20,10 @@ from ..call.ragged import RaggedKV
 from ..call.rules import AllOf, OnHeads, Rule, SinkWindow
 from ..forward.needs import ImageFreePass
 from ..forward.running import current
-from ..kernels.reference import visible
 from ..kernels.row_blocks import sdpa
 from .native import native_attention
+
+ENDLESS = 1 << 24  # a window that no text outgrows
 
 if TYPE_CHECKING:
     from .site_patch import SitePatch
@@ -160,25 +161,27 @@ def of(
     if executor != "torch" or program.query.device.type != "cpu":
         return None
     groups = program.key.groups  # type: ignore[union-attr]
-    if not all(group.whole for group in groups) or not all(_slides(rule) for rule in program.rules):
-        return None
-    rows = program.mask.query_columns
     size = program.num_heads // program.num_kv_heads
     for group in groups:
-        allowed = visible(program, rows, group.columns)
         heads = [kv * size + i for kv in group.heads for i in range(size)]
-        if not bool((allowed if allowed.shape[1] == 1 else allowed[:, heads]).all()):
+        if not group.whole or group.span is None:
+            return None
+        if not all(_covers(rule, heads, program.num_heads, group.span) for rule in program.rules):
             return None
     return Steady(stack, active, program, [(group.heads, group.span) for group in groups])
 
 
-def _slides(rule: Rule) -> bool:
-    """Whether a rule lets every token read as many sinks and recent keys as the one before."""
-    if isinstance(rule, OnHeads):
-        return _slides(rule.rule)
+def _covers(rule: Rule, heads: list[int], num_heads: int, span: tuple[int, int]) -> bool:
+    """Whether a rule lets the query `heads` read all that `span` keeps (window 0: everything), at every length."""
     if isinstance(rule, AllOf):
-        return all(_slides(one) for one in rule.rules)
-    return isinstance(rule, SinkWindow)
+        return all(_covers(one, heads, num_heads, span) for one in rule.rules)
+    if isinstance(rule, OnHeads):
+        return _covers(rule.rule, [h for h in heads if h in rule.on], num_heads, span)
+    if not isinstance(rule, SinkWindow):
+        return False
+    sinks, window = span if span[1] else (0, ENDLESS)
+    own = [rule.of(h * rule.heads // num_heads) for h in heads]
+    return all(s >= sinks and w >= window for s, w in own)
 
 
 def _tensors(patch: SitePatch) -> list[Tensor]:
