@@ -5,7 +5,6 @@ Everything is checked before the first change; if something fails half-way, the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,16 +14,12 @@ from torch import Tensor
 
 from . import registry
 from .errors import PatchError
-from .install.apply import apply
 from .install.found import entries_of
 from .install.handle import PatchHandle
+from .install.patching import patch_model
 from .install.plan import plan as plan
-from .install.plan import plan_on
-from .install.several import SeveralHandle
 from .install.undo import remove_all
-from .model import selection
 from .model.selection import Selector
-from .model.survey import Survey
 from .model.wrappers import transformers_models
 
 
@@ -59,49 +54,9 @@ def patch(
     Raises:
         PatchError: one of its subclasses, before anything was changed (see `errors`).
     """
-    layers, heads = selection.settled(layers), selection.settled(heads)
-    several = [one for _, one in transformers_models(model)]
-    if len(several) > 1:
-        settings = dict(part=part, layers=layers, heads=heads, impl=impl, cache=cache, **options)
-        return _patch_several(model, several, name_or_config, settings)
-    survey, handle = Survey.of(model), None
-    try:
-        with survey.at_work():
-            made = plan_on(
-                survey,
-                name_or_config,
-                part=part,
-                layers=layers,
-                heads=heads,
-                impl=impl,
-                cache=cache,
-                **options,
-            )
-            for note in made.warnings:
-                warnings.warn(f"{made.config.name}: {note}", stacklevel=2)
-            handle = apply(survey, made, layers, heads)
-        return handle
-    except BaseException:  # an interrupt after the last step
-        if handle is not None:
-            handle.remove()
-        raise
-
-
-def _patch_several(
-    model: Any, several: list[Any], name_or_config: str | registry.Patch, settings: dict[str, Any]
-) -> PatchHandle:
-    """`patch` on every model of a wrapper: all are checked before the first is changed."""
-    for one in several:
-        plan(one, name_or_config, **settings)
-    handles: list[PatchHandle] = []
-    try:
-        for one in several:
-            handles.append(patch(one, name_or_config, **settings))
-    except BaseException:
-        for handle in reversed(handles):
-            handle.remove()
-        raise
-    return SeveralHandle(model, handles)
+    return patch_model(
+        model, name_or_config, part=part, layers=layers, heads=heads, impl=impl, cache=cache, **options
+    )
 
 
 def unpatch(model: Any) -> int:

@@ -55,10 +55,8 @@ class Method:
                     f"{type(error).__name__}: {error}"
                 ) from error
             self.target = found
-        from .registry import Patch
-
         cls = self.target
-        if not (isinstance(cls, type) and issubclass(cls, Patch) and "__dataclass_fields__" in vars(cls)):
+        if not (isinstance(cls, type) and _is_patch(cls) and "__dataclass_fields__" in vars(cls)):
             raise RegistrationError(
                 f"patch {self.name!r} from {self.origin} is {cls!r}, not a Patch dataclass (@dataclass is inherited "
                 "by no subclass: put it on this class, below @register_patch)"
@@ -73,3 +71,10 @@ class Method:
         source = f" [{self.paper}{', arXiv ' + self.arxiv if self.arxiv else ''}]" if self.paper else ""
         claims = f" (also claimed by {', '.join(self.shadowed)}: not used)" if self.shadowed else ""
         return f"{self.name}: {self.summary}{source}{claims}"
+
+
+def _is_patch(cls: type) -> bool:
+    """Whether `cls` derives from `registry.Patch`, which this file is below."""
+    return any(
+        (base.__module__, base.__qualname__) == ("hf_attn_patch.registry", "Patch") for base in cls.__mro__
+    )

@@ -1,7 +1,13 @@
-"""`hf_attn_patch.added_tokens` is `hf_attn_patch.forward.needs.added_tokens`."""
+"""`hf_attn_patch.added_tokens` is `forward.needs.added_tokens` and `patches.adds_tokens`."""
 
-import sys
+from hf_attn_patch.forward.needs.added_tokens import (
+    CLASS_WEIGHT,
+    answers,
+    drawn,
+    is_last,
+    takes_pixels,
+    width,
+)
+from hf_attn_patch.patches.adds_tokens import AddsTokens
 
-from hf_attn_patch.forward.needs import added_tokens
-
-sys.modules[__name__] = added_tokens
+__all__ = ["CLASS_WEIGHT", "AddsTokens", "answers", "drawn", "is_last", "takes_pixels", "width"]

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..api import patched
 from ..call.program import Program
-from ..forward.needs.added_tokens import AddsTokens
 from ..install.handle import PatchHandle
 from ..install.stack import Call, SitePatch, stacks_of
 from ..kernels.reference import probabilities, visible
 from ..model.sites import base_model
+from ..patches.adds_tokens import AddsTokens
 from ..registry import Patch
 
 if TYPE_CHECKING:

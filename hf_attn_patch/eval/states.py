@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..api import active
-from ..forward.needs.added_tokens import AddsTokens
 from ..model.sites import base_model
+from ..patches.adds_tokens import AddsTokens
 from .features import _last_hidden_state, _needs_interpolation, prefix_tokens
 
 

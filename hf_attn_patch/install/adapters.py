@@ -178,7 +178,7 @@ def _load(
     said: bytes,
     impl: str | None,
 ) -> PatchHandle:
-    from ..api import patch
+    from .patching import patch_model
     from .plan import plan
 
     config = registry.get(data["method"]).from_dict(data["config"])
@@ -198,7 +198,7 @@ def _load(
     ):  # a save takes the config away first, puts it back last
         raise AdapterError(f"{folder} was saved to while it was read; load it again")
     check_derived(tensors, derived(planned), set(data.get("changed", ())), folder)
-    handle = patch(model, config, **settings)
+    handle = patch_model(model, config, **settings)
     try:
         for path, piece in _site_patches(handle._entry.model, handle._entry.key).items():
             piece.load_state_dict({name: tensors[f"{path}.{name}"] for name in piece.state_dict()})

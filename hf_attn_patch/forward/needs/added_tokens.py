@@ -10,7 +10,7 @@ model's own head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ...errors import ModelMismatchError
 from ...model.sites import Site, base_model, layer_module
-from ...registry import Patch
 from .base import Hooks, Need
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class AddedTokens(Need):
     def install(self, hooks: Hooks) -> None:
         for path in hooks.paths:
             layer, patches = layer_module(hooks.model, path), hooks.patches_at(path)
-            if any(isinstance(p.variants[0][1], AddsTokens) for p in patches):
+            if any(adds(p.variants[0][1]) for p in patches):
                 added = Added(hooks.context, path)
                 hooks.before(layer, added.before)
                 hooks.after(layer, added.after)
@@ -46,46 +45,9 @@ class AddedTokens(Need):
                 hooks.after(base, head.after, prepend=True)
 
 
-@dataclass
-class AddsTokens(Patch):
-    """Base of methods that add tokens to a layer of a vision model."""
-
-    parts = ("vision",)
-    needs: ClassVar[tuple[Need, ...]] = (AddedTokens(),)
-    exclusive = frozenset({"added tokens"})
-    head_selectable = False
-    trainable = True
-
-    def added_tokens(self, tensors: nn.Module, training: bool) -> Tensor:
-        """Tokens [P, C] that go in front of those of the layer."""
-        raise NotImplementedError
-
-    def class_tokens(self, hidden: Tensor, added: int) -> Tensor | None:
-        """Rows [B, K, C] of what leaves the last layer (added ones first) that the logits are made of; None: none."""
-        return None
-
-    def class_logits(self, tokens: Tensor, tensors: nn.Module) -> Tensor:
-        """Logits [B, classes] of the class tokens [B, K, C] behind the model's last norm."""
-        raise NotImplementedError
-
-    def check(self, site: Site) -> None:
-        if width(site) is None or is_last(site) is None:
-            raise ModelMismatchError(
-                f"{self.name}: the config of {site.path} has no hidden_size and num_hidden_layers, so neither the "
-                "width of a token nor the last layer is known"
-            )
-        if site.causal:
-            raise ModelMismatchError(
-                f"{self.name}: {site.path} is causal; tokens are added to bidirectional models only"
-            )
-
-    def check_model(self, model: Any, sites: list[Site]) -> list[str]:
-        if not takes_pixels(model):
-            raise ModelMismatchError(
-                f"{self.name}: {type(model).__name__} takes {getattr(model, 'main_input_name', None)!r}, not "
-                "pixel_values; patch the vision tower by itself"
-            )
-        return []
+def adds(config: Any) -> bool:
+    """Whether a method adds tokens (`patches.adds_tokens.AddsTokens`)."""
+    return callable(getattr(config, "added_tokens", None))
 
 
 def takes_pixels(model: Any) -> bool:
@@ -104,11 +66,11 @@ def is_last(site: Site) -> bool | None:
     return None if layers is None else site.layer == layers - 1
 
 
-def owner(context: Context, path: str) -> tuple[Any, AddsTokens] | None:
+def owner(context: Context, path: str) -> tuple[Any, Any] | None:
     """The enabled patch of the site at `path` that adds tokens, with its options there; None: there is none."""
     for patch in context.patches_at(path):
         config = patch.variants[0][1]
-        if patch.entry.enabled and isinstance(config, AddsTokens):
+        if patch.entry.enabled and adds(config):
             return patch, config
     return None
 
@@ -196,7 +158,7 @@ def _joined(tokens: Tensor, hidden: Tensor) -> Tensor:
 
 def answers(patch: Any) -> bool:
     """Whether a site carries the weights of a class head (`CLASS_WEIGHT`): its layer is then the last."""
-    return isinstance(patch.variants[0][1], AddsTokens) and CLASS_WEIGHT in patch._parameters
+    return adds(patch.variants[0][1]) and CLASS_WEIGHT in patch._parameters
 
 
 def drawn(seed: int, site: Site, number: int, *shape: int) -> Tensor:

@@ -127,3 +127,8 @@ def needs_of(config: Any) -> tuple[Need, ...]:
 def wants(config: Any, kind: type[Need]) -> bool:
     """Whether a method has a need of class `kind`."""
     return any(isinstance(need, kind) for need in needs_of(config))
+
+
+def site_patches(model: nn.Module) -> list[Any]:
+    """Every patch of a site below `model` (copies that PEFT made included): modules with an `entry` and `variants`."""
+    return [m for m in model.modules() if hasattr(m, "variants") and hasattr(m, "entry")]

@@ -15,6 +15,7 @@ from ...call.program import Blend
 from ...call.rules import SinkWindow
 from ...errors import ConfigError, ModelMismatchError
 from ...forward.needs import AuxiliaryLosses
+from ...forward.needs.base import site_patches
 from ...model import head_sets
 from ...options import option, option_file
 from ...registry import Patch, register_patch
@@ -252,12 +253,10 @@ def gates(model: Any) -> dict[int, Tensor]:
     Raises:
         ConfigError: no active ``duo`` patch with ``mode="train"``.
     """
-    from ...install.stack import SitePatch
-
     found: dict[int, Tensor] = {
-        m.layer: m.alpha  # type: ignore[misc]
-        for m in model.modules()
-        if isinstance(m, SitePatch) and isinstance(m.entry.config, Duo) and m.entry.config.mode == "train"
+        m.layer: m.alpha
+        for m in site_patches(model)
+        if isinstance(m.entry.config, Duo) and m.entry.config.mode == "train"
     }
     if not found:
         raise ConfigError("duo: this model has no trainable gates; patch it with mode='train'")

@@ -12,20 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...api import active
 from ...call.program import ScoreEdit
 from ...errors import ModelMismatchError, PatchError
-from ...forward.needs.added_tokens import (
-    CLASS_WEIGHT,
-    AddsTokens,
-    answers,
-    drawn,
-    is_last,
-    takes_pixels,
-    width,
-)
-from ...install.stack import SitePatch, stacks_of
+from ...forward.needs.added_tokens import CLASS_WEIGHT, answers, drawn, is_last, takes_pixels, width
+from ...forward.needs.base import site_patches
 from ...registry import option, register_patch
+from ..adds_tokens import AddsTokens
 
 if TYPE_CHECKING:
     from ...call.program import Program
@@ -159,17 +151,15 @@ class Ranking:
         )
 
 
-def answering(model: nn.Module) -> tuple[SitePatch, PromptCam]:
+def answering(model: nn.Module) -> tuple[Any, PromptCam]:
     """The patch of the last layer.
 
     Raises:
         PatchError: `model` carries no enabled prompt_cam.
     """
-    for handle in active(model):
-        for site in handle.sites if isinstance(handle.config, PromptCam) else []:
-            for patch in (p for stack in stacks_of(site.module) for p in stack.site_patches()):
-                if patch.entry.enabled and answers(patch) and isinstance(patch.variants[0][1], PromptCam):
-                    return patch, patch.variants[0][1]
+    for patch in site_patches(model):
+        if patch.entry.enabled and answers(patch) and isinstance(patch.variants[0][1], PromptCam):
+            return patch, patch.variants[0][1]
     raise PatchError(
         "the model carries no prompt_cam; call hap.patch(model, 'prompt_cam', classes=...) or hap.load first"
     )
@@ -179,7 +169,7 @@ def answering(model: nn.Module) -> tuple[SitePatch, PromptCam]:
 def studied(model: nn.Module, study: Study) -> Iterator[Study]:
     """Inside, forwards of `model` do what `study` says."""
     patch, _ = answering(model)
-    patch.study = study  # type: ignore[assignment]
+    patch.study = study
     try:
         yield study
     finally:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ...call.program import MassEdit
 from ...forward.needs import AddedTokens, AuxiliaryLosses, LayerInput, TokenGrid
-from ...forward.needs.added_tokens import CLASS_WEIGHT, AddsTokens, drawn, is_last, takes_pixels, width
+from ...forward.needs.added_tokens import CLASS_WEIGHT, drawn, is_last, takes_pixels, width
 from ...registry import option, register_patch
+from ..adds_tokens import AddsTokens
 from ..on_grid import call_grid
 
 if TYPE_CHECKING:
