@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,6 +126,19 @@ def prompt_tuning(bench: Bench) -> Pairs:
     with bench.patched(wrapped):
         plain = {k: v for k, v in inputs.items() if k != "position_ids"}
         yield "outputs", bench.forward(wrapped, plain), want
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Dynamo logs whole graphs when it gives up."""
+    torch._dynamo.reset()
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        torch._dynamo.reset()
 
 
 class Boom(Exception):
@@ -290,15 +306,11 @@ def compiled(bench: Bench) -> Pairs:
     model = bench.fresh()
     inputs, other = bench.inputs(left_pad=0), bench.inputs(length=23, seed=2)
     more = {"use_cache": False} if bench.decoder else {}
-    torch._dynamo.reset()
-    try:
-        with bench.patched(model):
-            want = [bench.forward(model, x, **more) for x in (inputs, other)]
-            quick = torch.compile(model, backend="eager")
-            for number, x in enumerate((inputs, other)):
-                yield f"forward {number}", bench.forward(quick, x, **more), want[number]
-    finally:
-        torch._dynamo.reset()
+    with quiet(), bench.patched(model):
+        want = [bench.forward(model, x, **more) for x in (inputs, other)]
+        quick = torch.compile(model, backend="eager")
+        for number, x in enumerate((inputs, other)):
+            yield f"forward {number}", bench.forward(quick, x, **more), want[number]
 
 
 @setting("torch.export", "the exported graph of a patched model; equals the model", slow=True)
@@ -308,7 +320,7 @@ def exported(bench: Bench) -> Pairs:
     if bench.family in TEXT:
         inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     more = {"use_cache": False} if bench.decoder else {}
-    with bench.patched(model), torch.no_grad():
+    with quiet(), bench.patched(model), torch.no_grad():
         want = bench.forward(model, inputs, **more)
         graph = torch.export.export(model, (), {**inputs, **more}, strict=False).module()
         yield "outputs", graph(**inputs, **more)[0], want
