@@ -26,6 +26,8 @@ from .needs.image_free import Pass
 from .needs.losses import Losses
 from .running import HANDED, Running, begin, current, end, innermost
 
+PATCHED = ".attn_patch."  # in the names of tensors that patches hold
+
 _said: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("hf_attn_patch_said", default=None)
 
 
@@ -63,6 +65,7 @@ class Context:
         self.traced: Running | None = None
         self.traced_said: dict[str, Any] = {}
         self.notes = checkpointing.Notes()
+        self.follow: Callable[[], None] = lambda: None  # asked before every forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         return copy_with_model(self, memo)
@@ -138,6 +141,7 @@ class Context:
             self.handles.append(module.register_forward_hook(self.after_model, always_call=True))
             if generating.install(self, module):
                 self.generators.append(module)
+        self.handles.append(self.model.register_load_state_dict_post_hook(accept_dense_weights))
         asked = list(dict.fromkeys(p for where in self.needs.values() for p in where))
         travelling = list(
             dict.fromkeys(p for need, where in self.needs.items() if need.carried for p in where)
@@ -163,6 +167,8 @@ class Context:
         outer = innermost()
         running = current(self)
         outermost = running is None or not running.entered
+        if outermost and not torch.compiler.is_compiling():
+            self.follow()
         if running is None:
             running = Running(self, outer, self.said)
             begin(running, None if torch.compiler.is_compiling() else sys._getframe(1))
@@ -226,6 +232,14 @@ class Context:
         """What layers were given that are not over yet."""
         running = current(self)
         return {} if running is None else running.layers
+
+
+def accept_dense_weights(model: nn.Module, keys: Any) -> None:
+    """Hook behind ``load_state_dict``: weights saved without any patch have nothing for the tensors of patches, which
+    then stay as they are. Where some of them are there and some are missing, they still are reported."""
+    lacks = [key for key in keys.missing_keys if PATCHED in key]
+    if lacks and len(lacks) == sum(PATCHED in key for key in model.state_dict()):
+        keys.missing_keys[:] = [key for key in keys.missing_keys if PATCHED not in key]
 
 
 def _rearranged(given: Given, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 from ..model import selection
 from ..model.selection import Selector
 from ..model.survey import Survey
-from .attach import attach
+from .attach import Follow, attach
 from .found import entries_of, state_on
 from .handle import PatchHandle
 from .localize import localized
@@ -43,6 +43,7 @@ def apply(survey: Survey, made: Plan, layers: Selector, heads: Selector) -> Patc
         handle = PatchHandle(survey.given, entry, [e for _, e in entries_of(survey.given)])
         base.__dict__[STATE] = state
         attach(base, made.sites, state.context, state.snapshot)
+        state.context.follow = Follow(state)
         for site, piece in zip(made.sites, pieces):
             for number, stack in enumerate(stacks_of(site.module)):
                 stack.patches[key] = piece if number == 0 else copy.deepcopy(piece)

@@ -112,6 +112,32 @@ def _native(model: nn.Module, config: Any, snapshot: list[tuple[Any, str | None]
     return native_of(current)
 
 
+class Follow:
+    """Keeps the routing of a patched model when somebody chooses another attention implementation for it meanwhile
+    (``set_attn_implementation``): what was chosen becomes what runs where no patch is, and what an undo leaves.
+
+    Asked before every forward (an object, so that a copy of the model gets one of its own).
+    """
+
+    def __init__(self, state: Any):
+        self.state = state
+
+    def __call__(self) -> None:
+        for config, _ in self.state.snapshot:
+            if not is_ours(getattr(config, "_attn_implementation", None)):
+                self._take(config)
+
+    def _take(self, config: Any) -> None:
+        model, chosen = self.state.context.model, config._attn_implementation
+        for state in (self.state, *other_states(model)):
+            state.snapshot[:] = [(c, chosen if c is config else before) for c, before in state.snapshot]
+        for module in model.modules():
+            if getattr(module, "config", None) is config:
+                for stack in stacks_of(module):
+                    stack.native = chosen or "sdpa"
+        set_implementation(config, RoutedName(chosen, config))
+
+
 def detach(
     model: nn.Module, snapshot: list[tuple[Any, str | None]], keep: list[Site] | None = None
 ) -> list[tuple[Any, str | None]]:

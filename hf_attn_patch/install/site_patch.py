@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..forward.checkpointing import in_backward
+from ..forward.needs.base import needs_of
 from ..model.sites import Site
 
 if TYPE_CHECKING:
@@ -56,8 +57,11 @@ class SitePatch(nn.Module):
 
     @property
     def counts(self) -> bool:
-        """True if the method counts tokens of a sequence, so that packed rows are cut into their sequences for it."""
-        return any(config.counts for _, config in self.variants)
+        """True if the method counts tokens of a sequence, or edits by what is known of its prompt, so that packed rows
+        are cut into their sequences for it."""
+        return any(
+            config.counts or any(need.per_prompt for need in needs_of(config)) for _, config in self.variants
+        )
 
     @property
     def counts_itself(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_attn_patch.call.mask import Mask
 from hf_attn_patch.call.program import Program
-from hf_attn_patch.call.ragged import RaggedKV
+from hf_attn_patch.call.ragged import KVGroup, RaggedKV
 from hf_attn_patch.kernels import attention
 
 
@@ -25,6 +25,9 @@ def cast(x: Any, dtype: torch.dtype, device: str | None = None) -> Any:
         return x.detach().to(device, dtype if x.is_floating_point() else None)
     if isinstance(x, RaggedKV):
         return RaggedKV([cast(g, dtype, device) for g in x.groups], x.seen)
+    if isinstance(x, KVGroup):
+        columns = cast(x.columns, dtype, device)
+        return KVGroup(x.heads, cast(x.key, dtype, device), cast(x.value, dtype, device), columns, x.whole)
     if isinstance(x, list):
         return [cast(y, dtype, device) for y in x]
     if is_dataclass(x) and not isinstance(x, type) and type(x).__name__ not in ("SinkWindow",):

@@ -30,6 +30,7 @@ CLASS_WEIGHT = "class_weight"  # parameter of a patch in the last layer that ans
 @dataclass(frozen=True)
 class AddedTokens(Need):
     says = "tokens of the patch in front of those of the layer"
+    order = 1  # the input of a layer (`LayerInput`) is what the model gave it, without them
 
     def install(self, hooks: Hooks) -> None:
         for path in hooks.paths:

@@ -91,10 +91,18 @@ def track(running: Running, given: Given, seen: int, new: int) -> None:
 
 def _compute_again(running: Running, given: Given) -> None:
     """Keys and values of the last token before this forward, without what is done to the row that ends a prompt."""
+    from .images import image_token_ids
+
     memory, cache, seen = running.memory, running.cache, running.seen
     ids = memory.last_ids
     memory.last_ids = None
     assert seen is not None and ids is not None
+    placeholders = image_token_ids(running.config)
+    if placeholders and bool(torch.isin(ids, torch.tensor(placeholders, device=ids.device)).any()):
+        raise PatchError(
+            "the prompt comes in parts, and the token that ended the part before must be computed again, but it belongs "
+            f"to an image, whose features are not here any more. End no part inside or right behind an image, or: {SAY_IT}"
+        )
     inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
     mask = given.get("attention_mask")
     if mask is not None:

@@ -1,0 +1,6 @@
+"""Settings that patched models run in, each with the reference it must equal (`scripts/settings.py` makes the table)."""
+
+from . import dtypes, generation, rows, serving, sharding, training, wrapping  # noqa: F401
+from .base import SETTINGS, Bench, Outcome, Setting, judge
+
+__all__ = ["SETTINGS", "Bench", "Outcome", "Setting", "judge"]
