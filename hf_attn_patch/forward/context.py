@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,15 @@ from .needs.losses import Losses
 from .running import HANDED, Running, begin, current, end, innermost
 
 _said: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("hf_attn_patch_said", default=None)
+
+
+class _Thread(threading.local):
+    """What `hap.prompt` says in this thread, where torch.compile can read it."""
+
+    said: dict[str, dict[str, Any]] = {}
+
+
+_thread = _Thread()
 
 
 def copy_with_model(thing: Any, memo: dict[int, Any]) -> Any:
@@ -49,7 +59,7 @@ class Context:
     """Needs and hooks of one patched transformers model.
 
     token: under which its conversations are kept on caches. needs: what its patches ask for, in order. handles: the
-    hooks. losses: auxiliary losses of the last forward. traced: the running forward while torch.compile traces.
+    hooks. losses: auxiliary losses of the last forward.
     """
 
     def __init__(self, model: nn.Module):
@@ -60,15 +70,13 @@ class Context:
         self.generators: list[Any] = []
         self.patches_at: Callable[[str], list[Any]] = lambda path: []
         self.losses = Losses()
-        self.traced: Running | None = None
-        self.traced_said: dict[str, Any] = {}
         self.notes = checkpointing.Notes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         return copy_with_model(self, memo)
 
     def __getstate__(self) -> dict[str, Any]:  # copies start with an empty memory: their caches are others
-        return {**self.__dict__, "losses": Losses(), "traced": None, "notes": checkpointing.Notes()}
+        return {**self.__dict__, "losses": Losses(), "notes": checkpointing.Notes()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -82,7 +90,7 @@ class Context:
     def said(self) -> dict[str, Any]:
         """What `hap.prompt` says in this thread."""
         if torch.compiler.is_compiling():
-            return self.traced_said
+            return _thread.said.get(self.token, {})
         return (_said.get() or {}).get(self.token, {})
 
     @contextmanager
@@ -90,13 +98,13 @@ class Context:
         """Inside, forwards of this model are told `facts` (in this thread or task)."""
         everything = _said.get() or {}
         mine = {**everything.get(self.token, {}), **{k: v for k, v in facts.items() if v is not None}}
-        token, before = _said.set({**everything, self.token: mine}), self.traced_said
-        self.traced_said = mine
+        token, before = _said.set({**everything, self.token: mine}), _thread.said
+        _thread.said = {**before, self.token: mine}
         try:
             yield
         finally:
             _said.reset(token)
-            self.traced_said = before
+            _thread.said = before
 
     @contextmanager
     def aside(self, one: Pass | None, said: dict[str, Any] | None = None) -> Iterator[Running]:
@@ -162,6 +170,9 @@ class Context:
         names = _parameter_names(type(module))
         outer = innermost()
         running = current(self)
+        if running is not None and running.entered and module is self.model:
+            # never inside itself: one that was traced by torch.compile and ended by an error was left behind
+            running, outer = None, None if torch.compiler.is_compiling() else outer
         outermost = running is None or not running.entered
         if running is None:
             running = Running(self, outer, self.said)

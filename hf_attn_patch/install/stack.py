@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..call.mask import Mask
@@ -143,6 +144,9 @@ class PatchStack(nn.Module):
     ) -> tuple[list[pieces.Piece], bool] | None:
         """(pieces of this call, each is a whole sequence of its own), or None: it is taken as one."""
         if running is None or mask.given is not None or not isinstance(key, Tensor):
+            return None
+        if torch.compiler.is_compiling():
+            pieces.assert_none(active, running, mask, kwargs)
             return None
         sequences, separate = running.sequences, running.separate
         if sequences is None and "cu_seq_lens_q" in kwargs and mask.batch == 1:
