@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,18 +24,9 @@ from .needs import prompt
 from .needs.base import Given, Hooks, Need
 from .needs.image_free import Pass
 from .needs.losses import Losses
-from .running import HANDED, Running, begin, current, end, innermost
+from .running import HANDED, Running, begin, current, end, innermost, of_thread
 
 _said: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("hf_attn_patch_said", default=None)
-
-
-class _Thread(threading.local):
-    """What `hap.prompt` says in this thread, where torch.compile can read it."""
-
-    said: dict[str, dict[str, Any]] = {}
-
-
-_thread = _Thread()
 
 
 def copy_with_model(thing: Any, memo: dict[int, Any]) -> Any:
@@ -90,7 +80,7 @@ class Context:
     def said(self) -> dict[str, Any]:
         """What `hap.prompt` says in this thread."""
         if torch.compiler.is_compiling():
-            return _thread.said.get(self.token, {})
+            return of_thread().said.get(self.token, {})
         return (_said.get() or {}).get(self.token, {})
 
     @contextmanager
@@ -98,13 +88,13 @@ class Context:
         """Inside, forwards of this model are told `facts` (in this thread or task)."""
         everything = _said.get() or {}
         mine = {**everything.get(self.token, {}), **{k: v for k, v in facts.items() if v is not None}}
-        token, before = _said.set({**everything, self.token: mine}), _thread.said
-        _thread.said = {**before, self.token: mine}
+        token, before = _said.set({**everything, self.token: mine}), of_thread().said
+        of_thread().said = {**before, self.token: mine}
         try:
             yield
         finally:
             _said.reset(token)
-            _thread.said = before
+            of_thread().said = before
 
     @contextmanager
     def aside(self, one: Pass | None, said: dict[str, Any] | None = None) -> Iterator[Running]:

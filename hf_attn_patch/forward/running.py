@@ -29,14 +29,27 @@ HANDED = "_attn_patch_handed"  # attribute of what an encoder returned
 _now: ContextVar[Running | None] = ContextVar("hf_attn_patch_running", default=None)
 
 
-class _Thread(threading.local):
-    """What torch.compile can read and context variables hide from it: the innermost running forward of this thread. It
-    equals the context variable while a forward runs, so facts cross graph breaks and borders of compiled regions."""
+class Seen:
+    """What torch.compile can follow, which cannot read context variables. now: innermost running forward of this thread;
+    it equals the context variable while a forward runs, so facts cross graph breaks and borders of compiled regions.
+    said: {token of a context: what `hap.prompt` says in this thread}."""
 
-    now: Running | None = None
+    def __init__(self) -> None:
+        self.now: Running | None = None
+        self.said: dict[str, dict[str, Any]] = {}
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.seen = Seen()  # torch.compile loses what is written to a thread local itself (torch 2.13)
 
 
 _thread = _Thread()
+
+
+def of_thread() -> Seen:
+    """Of the running thread."""
+    return _thread.seen
 
 
 class Running:
@@ -208,7 +221,7 @@ def current(context: Context) -> Running | None:
             now = now.outer
         if now is not None:
             return now
-    now = _thread.now  # a context variable cannot be traced
+    now = _thread.seen.now  # a context variable cannot be traced
     while now is not None and now.context is not context:
         now = now.outer
     return now
@@ -216,7 +229,7 @@ def current(context: Context) -> Running | None:
 
 def begin(running: Running, frame: Any = None) -> None:
     """`running` is the innermost forward from now on."""
-    _thread.now = running
+    _thread.seen.now = running
     if torch.compiler.is_compiling():  # a context variable cannot be traced
         return
     running.frame = frame
@@ -227,11 +240,11 @@ def end(running: Running) -> None:
     """The forward is over; so are those that began inside it and did not end."""
     running.frame = None
     running.layers.clear()
-    now = _thread.now
+    now = _thread.seen.now
     while now is not None and now is not running:
         now = now.outer
     if now is running:
-        _thread.now = running.outer
+        _thread.seen.now = running.outer
     if torch.compiler.is_compiling():
         return
     now = _now.get()
@@ -245,7 +258,7 @@ def innermost() -> Running | None:
     """The innermost running forward of any patched model in this thread, without those that a Ctrl-C cut off: torch
     calls no hook then, but their frame is gone from the stack."""
     if torch.compiler.is_compiling():  # frames cannot be traced
-        return _thread.now
+        return _thread.seen.now
     now = _now.get()
     if now is None:
         return None
@@ -258,5 +271,5 @@ def innermost() -> Running | None:
         now.frame = None
         now = now.outer
         _now.set(now)
-        _thread.now = now
+        _thread.seen.now = now
     return now
