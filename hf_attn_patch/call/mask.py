@@ -139,10 +139,9 @@ class Mask:
     @classmethod
     def from_transformers(cls, flavour: str = "sdpa", **arguments: Any) -> Mask:
         """Build from the keyword arguments that transformers hands to a mask function."""
-        if not torch.compiler.is_compiling():
-            # a static cache tells its length by a tensor that its next update changes in place: copy facts when read
-            counts = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
-            arguments = {**arguments, **counts}
+        # a static cache tells its length by a tensor that its next update changes in place: copy facts when read
+        counts = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
+        arguments = {**arguments, **counts}
         rule = arguments.get("mask_function")
         causal, window, opaque = _facts_of(rule)
         padding = arguments.get("attention_mask")

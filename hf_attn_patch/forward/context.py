@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpointing, generating, packing
+from .exporting import exported
 from .needs import prompt
 from .needs.base import Given, Hooks, Need
 from .needs.image_free import Pass
@@ -157,6 +158,11 @@ class Context:
         self.notes = checkpointing.Notes()
 
     def before_model(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_exporting():
+            return exported("this patched model", self._begin, module, args, kwargs)
+        return self._begin(module, args, kwargs)
+
+    def _begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         names = _parameter_names(type(module))
         outer = innermost()
         running = current(self)
@@ -166,7 +172,7 @@ class Context:
         outermost = running is None or not running.entered
         if running is None:
             running = Running(self, outer, self.said)
-            begin(running, None if torch.compiler.is_compiling() else sys._getframe(1))
+            begin(running, None if torch.compiler.is_compiling() else sys._getframe(2))
         running.entered.append(id(module))
         given = Given(module, names, {**dict(zip(names, args)), **kwargs}, outermost)
         if given.get("output_attentions") is not None:

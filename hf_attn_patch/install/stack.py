@@ -12,6 +12,7 @@ from ..call.program import Program, same_state
 from ..call.ragged import RaggedKV
 from ..errors import ModelMismatchError
 from ..forward.checkpointing import FACTS
+from ..forward.exporting import exported
 from ..forward.packing import from_lengths
 from ..kernels import Result, attention
 from . import pieces
@@ -69,6 +70,9 @@ class PatchStack(nn.Module):
         kwargs.pop(FACTS, None)
         running = None if self.context is None else self.context.running()
         try:
+            if torch.compiler.is_exporting():
+                names = ", ".join(dict.fromkeys(p.entry.config.name for p in self.site_patches()))
+                return exported(names, self._run, running, module, query, key, value, attention_mask, kwargs)
             return self._run(running, module, query, key, value, attention_mask, kwargs)
         finally:
             if running is not None and running.layers:
