@@ -139,10 +139,9 @@ class Mask:
     @classmethod
     def from_transformers(cls, flavour: str = "sdpa", **arguments: Any) -> Mask:
         """Build from the keyword arguments that transformers hands to a mask function."""
-        if not torch.compiler.is_compiling():
-            # a static cache tells its length by a tensor that its next update changes in place: copy facts when read
-            counts = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
-            arguments = {**arguments, **counts}
+        # a static cache tells its length by a tensor that its next update changes in place: copy facts when read
+        counts = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
+        arguments = {**arguments, **counts}
         rule = arguments.get("mask_function")
         causal, window, opaque = _facts_of(rule)
         padding = arguments.get("attention_mask")
@@ -190,6 +189,8 @@ class Mask:
         """True if any key that could be seen is padding."""
         if self.padding is None:
             return False
+        if torch.compiler.is_compiling():  # nobody can look: there may be
+            return True
         return not bool(self.padding[:, self.kv_offset : self.kv_offset + self.kv_len].all())
 
     @fact
@@ -228,14 +229,14 @@ class Mask:
     @fact
     def holes(self) -> bool:
         """True if a row has padding between its real tokens (a later turn of a batched chat)."""
-        if self.padding is None or torch.compiler.is_compiling():
+        if self.padding is None:
             return False
-        return self.real_spans is None
+        return torch.compiler.is_compiling() or self.real_spans is None  # nobody can look: there may be
 
     @fact
     def positions(self) -> Tensor | None:
         """Position of the token at each column, int64 [B, columns]: the number of real tokens before it. None where
-        that is the column less `start`."""
+        that is the column less `start`; while torch.compile traces, it is counted whatever the padding is."""
         if not self.holes:
             return None
         assert self.padding is not None

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpointing, generating, packing
+from .exporting import exported
 from .needs import prompt
 from .needs.base import Given, Hooks, Need
 from .needs.image_free import Pass
 from .needs.losses import Losses
-from .running import HANDED, Running, begin, current, end, innermost
+from .running import HANDED, Running, begin, current, end, innermost, of_thread
 
 PATCHED = ".attn_patch."  # in the names of tensors that patches hold
 
@@ -51,7 +52,7 @@ class Context:
     """Needs and hooks of one patched transformers model.
 
     token: under which its conversations are kept on caches. needs: what its patches ask for, in order. handles: the
-    hooks. losses: auxiliary losses of the last forward. traced: the running forward while torch.compile traces.
+    hooks. losses: auxiliary losses of the last forward.
     """
 
     def __init__(self, model: nn.Module):
@@ -62,8 +63,6 @@ class Context:
         self.generators: list[Any] = []
         self.patches_at: Callable[[str], list[Any]] = lambda path: []
         self.losses = Losses()
-        self.traced: Running | None = None
-        self.traced_said: dict[str, Any] = {}
         self.notes = checkpointing.Notes()
         self.follow: Callable[[], None] = lambda: None  # asked before every forward
 
@@ -71,7 +70,7 @@ class Context:
         return copy_with_model(self, memo)
 
     def __getstate__(self) -> dict[str, Any]:  # copies start with an empty memory: their caches are others
-        return {**self.__dict__, "losses": Losses(), "traced": None, "notes": checkpointing.Notes()}
+        return {**self.__dict__, "losses": Losses(), "notes": checkpointing.Notes()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -85,7 +84,7 @@ class Context:
     def said(self) -> dict[str, Any]:
         """What `hap.prompt` says in this thread."""
         if torch.compiler.is_compiling():
-            return self.traced_said
+            return of_thread().said.get(self.token, {})
         return (_said.get() or {}).get(self.token, {})
 
     @contextmanager
@@ -93,13 +92,13 @@ class Context:
         """Inside, forwards of this model are told `facts` (in this thread or task)."""
         everything = _said.get() or {}
         mine = {**everything.get(self.token, {}), **{k: v for k, v in facts.items() if v is not None}}
-        token, before = _said.set({**everything, self.token: mine}), self.traced_said
-        self.traced_said = mine
+        token, before = _said.set({**everything, self.token: mine}), of_thread().said
+        of_thread().said = {**before, self.token: mine}
         try:
             yield
         finally:
             _said.reset(token)
-            self.traced_said = before
+            of_thread().said = before
 
     @contextmanager
     def aside(self, one: Pass | None, said: dict[str, Any] | None = None) -> Iterator[Running]:
@@ -163,15 +162,23 @@ class Context:
         self.notes = checkpointing.Notes()
 
     def before_model(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_exporting():
+            return exported("this patched model", self._begin, module, args, kwargs)
+        return self._begin(module, args, kwargs)
+
+    def _begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         names = _parameter_names(type(module))
         outer = innermost()
         running = current(self)
+        if running is not None and running.entered and module is self.model:
+            # never inside itself: one that was traced by torch.compile and ended by an error was left behind
+            running, outer = None, None if torch.compiler.is_compiling() else outer
         outermost = running is None or not running.entered
         if outermost and not torch.compiler.is_compiling():
             self.follow()
         if running is None:
             running = Running(self, outer, self.said)
-            begin(running, None if torch.compiler.is_compiling() else sys._getframe(1))
+            begin(running, None if torch.compiler.is_compiling() else sys._getframe(2))
         running.entered.append(id(module))
         given = Given(module, names, {**dict(zip(names, args)), **kwargs}, outermost)
         if given.get("output_attentions") is not None:

@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import PatchError
+
 if TYPE_CHECKING:
     from .context import Context
+
+CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 _told: ContextVar[tuple[Any, ...]] = ContextVar("hf_attn_patch_generating", default=())
 
@@ -67,6 +71,22 @@ class Generate:
         return Prompt(self.context, length, {**given, "input_ids": ids})
 
 
+class NotContinuous:
+    """Continuous batching of a patched model: refused when it is asked for, and not in the thread that would run it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises PatchError."""
+        raise PatchError(
+            f"{self.name}: continuous batching (paged caches) does not run with patches. Its sequences share one row and "
+            "one pool of pages, their keys reach attention only inside transformers' own sdpa, eager and flash functions, "
+            "and it accepts no other attention implementation. Use generate on padded batches, or take the patches off "
+            "first (hap.unpatch(model))"
+        )
+
+
 def generating(context: Context) -> Prompt | None:
     """The innermost ``generate`` of the model of `context` that runs in this thread, or None."""
     if torch.compiler.is_compiling():
@@ -86,6 +106,9 @@ def install(context: Context, model: Any) -> bool:
     if can is None or not type(model).can_generate() or "generate" in model.__dict__:
         return False
     model.__dict__["generate"] = Generate(context, model)
+    for name in CONTINUOUS:
+        if hasattr(type(model), name) and name not in model.__dict__:
+            model.__dict__[name] = NotContinuous(name)
     return True
 
 
@@ -93,3 +116,6 @@ def remove(model: Any) -> None:
     """Undo `install`."""
     if isinstance(model.__dict__.get("generate"), Generate):
         del model.__dict__["generate"]
+    for name in CONTINUOUS:
+        if isinstance(model.__dict__.get(name), NotContinuous):
+            del model.__dict__[name]

@@ -18,7 +18,9 @@ def look(running: Running, given: Given) -> None:
     """Note which sequence of its row every token belongs to, if the arguments of the outermost model say so."""
     positions = given.get("position_ids")
     running.positions_given = positions is not None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # nobody can look: a method that counts tokens asserts that nothing restarts
+        if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] > 1:
+            running.restarts = _begins(positions, given.get("attention_mask"), running.seen or 0).any()
         return
     told = from_lengths(given.arguments)
     if told is not None:
@@ -54,18 +56,23 @@ def from_positions(positions: Tensor, attention_mask: Any, seen: int) -> Tensor 
     Without a mask and a cache any other step than 1 begins a sequence, as it does for transformers. One wait for the
     device per forward that is given position ids.
     """
-    step = positions.diff(dim=1)
-    if attention_mask is None and not seen:
-        begins = step != 1
-    else:
-        begins = step <= 0
-        real = _real(attention_mask, seen, positions.shape[1])
-        if real is not None:
-            real = real.to(begins.device).expand(positions.shape[0], -1)
-            begins = begins & real[:, 1:] & real[:, :-1]
+    begins = _begins(positions, attention_mask, seen)
     if not bool(begins.any()):
         return None
     return torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
+
+
+def _begins(positions: Tensor, attention_mask: Any, seen: int) -> Tensor:
+    """bool [B, L - 1]: a sequence begins with the token behind."""
+    step = positions.diff(dim=1)
+    if attention_mask is None and not seen:
+        return step != 1
+    begins = step <= 0
+    real = _real(attention_mask, seen, positions.shape[1])
+    if real is not None:
+        real = real.to(begins.device).expand(positions.shape[0], -1)
+        begins = begins & real[:, 1:] & real[:, :-1]
+    return begins
 
 
 def _real(attention_mask: Any, seen: int, length: int) -> Tensor | None:

@@ -8,6 +8,7 @@ attention call is over.
 from __future__ import annotations
 
 import sys
+import threading
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,29 @@ HANDED = "_attn_patch_handed"  # attribute of what an encoder returned
 _now: ContextVar[Running | None] = ContextVar("hf_attn_patch_running", default=None)
 
 
+class Seen:
+    """What torch.compile can follow, which cannot read context variables. now: innermost running forward of this thread;
+    it equals the context variable while a forward runs, so facts cross graph breaks and borders of compiled regions.
+    said: {token of a context: what `hap.prompt` says in this thread}."""
+
+    def __init__(self) -> None:
+        self.now: Running | None = None
+        self.said: dict[str, dict[str, Any]] = {}
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.seen = Seen()  # torch.compile loses what is written to a thread local itself (torch 2.13)
+
+
+_thread = _Thread()
+
+
+def of_thread() -> Seen:
+    """Of the running thread."""
+    return _thread.seen
+
+
 class Running:
     """Facts of one forward.
 
@@ -41,6 +65,7 @@ class Running:
         image_free_pass: the pass this forward is, if it is one without images.
         sequences: int64 [B, L], which sequence of a packed row a token belongs to, or None. separate: the model's own
             kernel would keep them apart (lengths were given). positions_given: the caller passed position ids.
+        restarts: bool [], position ids begin again inside a row; only known to a traced forward, which asserts it.
     """
 
     def __init__(
@@ -66,6 +91,7 @@ class Running:
         self.sequences: Tensor | None = None
         self.separate = False
         self.positions_given = True
+        self.restarts: Tensor | None = None
         self._own = Conversation()  # without a cache
 
     # -- where we are ---------------------------------------------------------------------------------------
@@ -189,9 +215,13 @@ class Running:
 
 def current(context: Context) -> Running | None:
     """The innermost running forward of the model that `context` belongs to, in this thread; None: none runs."""
-    if torch.compiler.is_compiling():  # a context variable cannot be traced; a traced forward is one forward
-        return context.traced
-    now = _now.get()
+    if not torch.compiler.is_compiling():
+        now = _now.get()
+        while now is not None and now.context is not context:
+            now = now.outer
+        if now is not None:
+            return now
+    now = _thread.seen.now  # a context variable cannot be traced
     while now is not None and now.context is not context:
         now = now.outer
     return now
@@ -199,8 +229,8 @@ def current(context: Context) -> Running | None:
 
 def begin(running: Running, frame: Any = None) -> None:
     """`running` is the innermost forward from now on."""
-    if torch.compiler.is_compiling():
-        running.context.traced = running
+    _thread.seen.now = running
+    if torch.compiler.is_compiling():  # a context variable cannot be traced
         return
     running.frame = frame
     _now.set(running)
@@ -210,8 +240,12 @@ def end(running: Running) -> None:
     """The forward is over; so are those that began inside it and did not end."""
     running.frame = None
     running.layers.clear()
+    now = _thread.seen.now
+    while now is not None and now is not running:
+        now = now.outer
+    if now is running:
+        _thread.seen.now = running.outer
     if torch.compiler.is_compiling():
-        running.context.traced = running.outer
         return
     now = _now.get()
     while now is not None and now is not running:
@@ -223,8 +257,8 @@ def end(running: Running) -> None:
 def innermost() -> Running | None:
     """The innermost running forward of any patched model in this thread, without those that a Ctrl-C cut off: torch
     calls no hook then, but their frame is gone from the stack."""
-    if torch.compiler.is_compiling():
-        return None
+    if torch.compiler.is_compiling():  # frames cannot be traced
+        return _thread.seen.now
     now = _now.get()
     if now is None:
         return None
@@ -237,4 +271,5 @@ def innermost() -> Running | None:
         now.frame = None
         now = now.outer
         _now.set(now)
+        _thread.seen.now = now
     return now

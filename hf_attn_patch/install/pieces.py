@@ -53,6 +53,37 @@ def pieces_of(mask: Mask, sequences: Tensor | None) -> list[Piece]:
     return [piece for piece in found if piece.rows.numel()]
 
 
+def assert_none(active: list[SitePatch], running: Running, mask: Mask, kwargs: dict[str, Any]) -> None:
+    """While torch.compile traces: rows are plain sequences, or the compiled forward fails when it runs. Nobody can look at
+    positions and padding then, and a call cannot be cut into pieces.
+
+    Raises:
+        ModelMismatchError: lengths of packed sequences were given, which no traced call follows.
+    """
+    if not any(patch.counts for patch in active):
+        return
+    if any(isinstance(kwargs.get(name), Tensor) for name in ("cu_seq_lens_q", "seq_idx")):
+        raise ModelMismatchError(
+            f"{active[0].entry.config.name}: packed rows (cu_seq_lens, seq_idx) are cut into their sequences, which "
+            "torch.compile and torch.export cannot trace. Run this model uncompiled, or do not pack"
+        )
+    if running.restarts is not None:
+        torch._assert_async(
+            ~running.restarts,
+            "hf_attn_patch: position_ids begin again inside a row (packed sequences), which a compiled forward cannot "
+            "follow: run it uncompiled, or do not pack",
+        )
+        running.restarts = None  # once per forward
+    if mask.causal and mask.padding is not None and any(patch.counts_itself for patch in active):
+        real = mask.padding.bool()
+        inside = real.long().cummax(-1).values * real.long().flip(-1).cummax(-1).values.flip(-1)
+        torch._assert_async(
+            ~(inside.bool() & ~real).any(),
+            f"hf_attn_patch: {active[0].entry.config.name} counts tokens, and a row has padding inside, which a "
+            "compiled forward cannot follow: run it uncompiled",
+        )
+
+
 def refuse(active: list[SitePatch], mask: Mask, sequences: Tensor | None) -> None:
     """Refuse what a piece cannot be told.
 

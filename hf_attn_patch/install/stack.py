@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..cache import SpanLayer
@@ -12,6 +13,7 @@ from ..call.program import Program, same_state
 from ..call.ragged import RaggedKV
 from ..errors import ModelMismatchError
 from ..forward.checkpointing import FACTS
+from ..forward.exporting import exported
 from ..forward.packing import from_lengths
 from ..kernels import Result, attention
 from . import pieces, steady
@@ -78,6 +80,9 @@ class PatchStack(nn.Module):
             self.steady = None
         running = None if self.context is None else self.context.running()
         try:
+            if torch.compiler.is_exporting():
+                names = ", ".join(dict.fromkeys(p.entry.config.name for p in self.site_patches()))
+                return exported(names, self._run, running, module, query, key, value, attention_mask, kwargs)
             return self._run(running, module, query, key, value, attention_mask, kwargs)
         finally:
             if running is not None and running.layers:
@@ -167,6 +172,9 @@ class PatchStack(nn.Module):
     ) -> tuple[list[pieces.Piece], bool] | None:
         """(pieces of this call, each is a whole sequence of its own), or None: it is taken as one."""
         if running is None or mask.given is not None or not isinstance(key, Tensor):
+            return None
+        if torch.compiler.is_compiling():
+            pieces.assert_none(active, running, mask, kwargs)
             return None
         sequences, separate = running.sequences, running.separate
         if sequences is None and "cu_seq_lens_q" in kwargs and mask.batch == 1:

@@ -15,6 +15,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +49,13 @@ def nbytes(x: Any) -> int:
     return 0
 
 
+@_disable_dynamo
+def _outside(function: Any, args: Any, kwargs: Any) -> Any:
+    """What a traced function asks for is made outside of the trace (torch.compile breaks its graph here)."""
+    with _disable_current_modes():
+        return function._look(args, kwargs)
+
+
 class Kept(Generic[P, R]):
     """A function that remembers its results; safe to call from several threads."""
 
@@ -58,8 +67,11 @@ class Kept(Generic[P, R]):
         self.cache_clear()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():  # no locks in a traced function
-            return self.make(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _outside(self, args, kwargs)
+        return self._look(args, kwargs)
+
+    def _look(self, args: Any, kwargs: Any) -> R:
         key = self._key(args, kwargs)
         with self._lock:
             if key in self._held:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call.program import Program
+from ..call.rules import Everything
 from . import reference
+from .tracing import known, merged, ranges_of
 
 # Scores (or mask elements) of one run; on a CPU as many as its caches like.
 ELEMENTS, ELEMENTS_CPU = 1 << 25, 1 << 21
@@ -76,7 +78,7 @@ def rows_of_run(device: torch.device, per_row: int, itemsize: int, edited: bool)
 
 
 def runs_of_rows(program: Program, rows: Tensor, edited: bool) -> list[Tensor]:
-    """Split row numbers into runs that are worked on at once."""
+    """Split row numbers into runs that are worked on at once (all of them, while torch.compile traces)."""
     heads = program.num_heads if edited or program.dropout else program.num_heads // program.num_kv_heads
     per_row = program.batch * heads * max(program.key.shape[2], 1)
     if rows.numel() == 1:  # a decoded token asks nobody
@@ -88,6 +90,8 @@ def key_runs(program: Program, runs: list[Tensor]) -> list[list[tuple[int, int]]
     """Per run of rows the key indices it may see, as sorted disjoint ranges [lo, hi)."""
     mask, rule = program.mask, program.rule
     S = mask.kv_len
+    if torch.compiler.is_compiling():
+        return _traced_key_runs(program, [run.numel() for run in runs])
     if rule is None:  # plain numbers: this is a decoded token's whole share of work here
         end = mask.kv_offset + S
         found = []
@@ -99,28 +103,30 @@ def key_runs(program: Program, runs: list[Tensor]) -> list[list[tuple[int, int]]
         return found
     first = torch.tensor([int(r[0]) for r in runs]) + mask.q_offset
     last = torch.tensor([int(r[-1]) for r in runs]) + mask.q_offset + 1
-    hi = (last if mask.causal else torch.full_like(last, mask.kv_offset + S)).clamp(max=mask.kv_offset + S)
-    lo = first - mask.window + 1 if mask.window is not None else torch.zeros_like(first)
-    lo = lo.clamp(min=mask.kv_offset)
-    ranges = []
+    end = mask.kv_offset + S
     if mask.holes:  # positions are not columns less a constant: every key the mask shows is looked at
-        ranges.append(torch.stack([lo, hi], -1))
-    for start in () if mask.holes else set(mask.starts):
-        for head in range(rule.heads):
-            maybe, _ = rule.key_ranges(head, first - start, last - start, mask.kv_offset + S - start)
-            for a, b in maybe:
-                a, b = torch.maximum(a + start, lo), torch.minimum(b + start, hi)
-                ranges.append(torch.stack([a, b], -1))
-    merged = []
-    for per_run in torch.stack(ranges, 1).tolist():
-        joined: list[tuple[int, int]] = []
-        for a, b in sorted((a - mask.kv_offset, b - mask.kv_offset) for a, b in per_run if b > a):
-            if joined and a <= joined[-1][1]:
-                joined[-1] = (joined[-1][0], max(b, joined[-1][1]))
-            else:
-                joined.append((a, b))
-        merged.append(joined)
-    return merged
+        rule, starts = Everything(), [0]
+    else:
+        starts = list(set(mask.starts))
+    found = merged(rule, starts, first, last, end, mask.causal, mask.window, mask.kv_offset)
+    return [[(a - mask.kv_offset, b - mask.kv_offset) for a, b in ranges] for ranges in found]
+
+
+def _traced_key_runs(program: Program, sizes: list[int]) -> list[list[tuple[int, int]]]:
+    """`key_runs` of all rows, in runs of `sizes`, while torch.compile traces: from shapes and rules only."""
+    mask, rule = program.mask, program.rule
+    everything = [(0, mask.kv_len)]
+    if not known(mask.q_offset) or (rule is None and not mask.causal and mask.window is None):
+        return [everything] * len(sizes)
+    runs, top = [], int(mask.q_offset)
+    for size in sizes:
+        runs.append((top, top + int(size)))
+        top += int(size)
+    if rule is None or rule.dynamic or mask.padding is not None:  # where positions begin is in a tensor
+        rule = Everything()
+    left = int(mask.kv_offset)
+    found = ranges_of(rule, tuple(runs), left + int(mask.kv_len), mask.causal, mask.window, left)
+    return [[(a - left, b - left) for a, b in ranges] for ranges in found]
 
 
 def take(x: Any, ranges: list[tuple[int, int]], dim: int = 2) -> Tensor:
@@ -147,7 +153,8 @@ def plain(
     if bias is not None and heads is not None and bias.shape[1] > 1:
         bias = bias[:, heads]
     dead = None
-    if query.device.type == "cpu" and bias is None and bool(allowed.all()):
+    tracing = torch.compiler.is_compiling()
+    if query.device.type == "cpu" and bias is None and not tracing and bool(allowed.all()):
         mask = None
     else:
         # a row that may see nothing sees everything here and is zeroed below: no NaN, also not in gradients
@@ -191,9 +198,8 @@ def run_rows(program: Program, rows: Tensor | None = None, edited: bool = False)
         cols = take(program.mask.key_columns, ranges, 0)
         columns = run + program.mask.q_offset
         allowed = reference.visible(program, columns, cols)
-        if (
-            q.device.type != "cpu" and run.numel() > 1
-        ):  # on a CPU a NaN in the output is noticed (`hidden_keys`)
+        # on a CPU a NaN in the output is noticed (`hidden_keys`), unless torch.compile traces
+        if torch.compiler.is_compiling() or (q.device.type != "cpu" and run.numel() > 1):
             key, value = reference.readable(program, allowed, key, value)
         if edited:
             out, _ = reference.attend(program, q, key, value, allowed, columns, cols, row_index=run)

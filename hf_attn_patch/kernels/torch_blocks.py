@@ -71,6 +71,8 @@ def edited_rows(program: Program) -> Tensor | None:
     """int64 [n], rows that an edit touches in some row of the batch; None = all."""
     if program.softcap is not None or program.sink_logits is not None or program.position_bias is not None:
         return None
+    if torch.compiler.is_compiling():  # how many rows there are would depend on the values of a tensor
+        return None
     touched = torch.zeros(program.q_len, dtype=torch.bool, device=program.query.device)
     edits: list[ScoreEdit | MassEdit] = [*program.score_edits, *program.mass_edits]
     for edit in edits:

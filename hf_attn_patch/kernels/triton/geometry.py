@@ -19,35 +19,20 @@ from ...call.rules import ChosenBlocks, ChosenCells, ColumnsDiagonals, Rule
 from ..kept import kept
 from ..layout import KEPT, BlockLayout
 from ..layout import layout_for as cached_layout
+from ..tracing import described, known, rebuilt
 from .layout_attention import Padding
 
 
 def layout_for(rule: Rule | None, *shape: Any) -> BlockLayout:
     """`kernels.layout.layout_for`; a constant where torch.compile traces, since a layout depends on shapes only."""
     if torch.compiler.is_compiling():
-        return _traced_layout(_described(rule), *shape)
+        return _traced_layout(described(rule), *shape)
     return cached_layout(rule, *shape)
 
 
 @torch.compiler.assume_constant_result
 def _traced_layout(rule: Any, *shape: Any) -> BlockLayout:
-    return cached_layout(_rebuilt(rule), *shape)
-
-
-def _described(x: Any) -> Any:
-    """A rule as nested tuples (class, field values ...). An object made while torch.compile traces reaches a constant
-    function with the *defaults* of its class, not with its values (torch 2.13)."""
-    if isinstance(x, Rule):
-        kind: Any = type(x)
-        return (kind, *[_described(getattr(x, name)) for name in kind.__dataclass_fields__])
-    return tuple(_described(y) for y in x) if isinstance(x, tuple) else x
-
-
-def _rebuilt(x: Any) -> Any:
-    if not isinstance(x, tuple):
-        return x
-    parts = [_rebuilt(y) for y in x]
-    return parts[0](*parts[1:]) if parts and isinstance(parts[0], type) else tuple(parts)
+    return cached_layout(rebuilt(rule), *shape)
 
 
 @dataclass(frozen=True)
@@ -62,6 +47,8 @@ class Row:
 def why_not(program: Program) -> str | None:
     """Reason mask and rules of `program` cannot become a layout, or None."""
     mask, rule = program.mask, program.rule
+    if not known(mask.q_offset):
+        return "the length of a static cache is not known while torch.compile traces"
     if not mask.arithmetic:
         hint = ""
         if torch.compiler.is_compiling():

@@ -121,7 +121,9 @@ def _image_columns(name: str, program: Program, call: Call, total: int) -> Tenso
         )
     # looked at once per prompt: it waits for the device. Who names the keys may say that there are none.
     if context.override.get("image_keys") is None and not context.memory.get("has image"):
-        if not bool(image.any()):
+        if torch.compiler.is_compiling():  # nobody can look: the compiled forward fails when it runs
+            torch._assert_async(image.any(), f"{name}: the prompt holds no image token")
+        elif not bool(image.any()):
             raise PatchError(
                 f"{name}: the prompt holds no image token, so there is nothing to look at. Put the image into the "
                 "prompt (apply_chat_template and the processor write its placeholders), run text inside "

@@ -41,7 +41,8 @@ def repaired(residues: tuple[tuple[int, ...], ...], stride: int) -> tuple[tuple[
     """Every missing residue goes to the head that holds fewest so far (the first of equals)."""
     held = [list(own) for own in residues]
     for residue in missing_residues(residues, stride):
-        min(held, key=len).append(residue)
+        counts = [len(own) for own in held]  # min(held, key=len) is traced as another list (torch 2.13)
+        held[counts.index(min(counts))].append(residue)
     return tuple(tuple(sorted(own)) for own in held)
 
 
