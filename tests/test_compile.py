@@ -16,7 +16,7 @@ import hf_attn_patch as hap
 from hf_attn_patch.testbed.tiny import tiny_inputs, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from compile_table import WRONG, compiled, exported  # noqa: E402
+from compile_table import WRONG, compiled, exported
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_followed_fails_when_it_runs(llama, what):
     mask, positions = torch.ones_like(ids), torch.arange(24).expand(2, -1)
     given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
     method = {"streaming": {"window": 6, "sinks": 2}} if what == "packed" else {"entropy_scale": {}}
-    (name, options), = method.items()
+    ((name, options),) = method.items()
     with hap.patched(llama, name, **options), torch.no_grad():
         fast = torch.compile(llama, fullgraph=True, backend="eager")
         wanted = llama(ids, **given).logits
@@ -138,7 +138,8 @@ def steps(model, call, cache, ids, parts):
 
 
 @pytest.mark.parametrize(
-    "backend, disabled", [(None, False), (None, True), ("eager", False), ("eager", True), ("aot_eager", False)]
+    "backend, disabled",
+    [(None, False), (None, True), ("eager", False), ("eager", True), ("aot_eager", False)],
 )
 def test_static_cache_of_a_partly_patched_model(llama, backend, disabled):
     ids, parts = ids_of(length=27), [22, 25, 26, 27]
