@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..call.program import MassEdit, Program, ScoreEdit
 from ..call.rules import Rule
-from . import ragged_rows, reference
+from . import one_token, ragged_rows, reference
 from .hidden_keys import poisoned, without_hidden
 from .plain import run_plain
 from .ragged_rows import run_open
@@ -58,6 +58,8 @@ def attend(program: Program) -> Tensor:
     """Attention output before blend and gate, [B, H, L, Dv]."""
     if not program_is_edited(program):
         return run_open(program, run_plain) if ragged_rows.applies(program) else run_plain(program)
+    if one_token.applies(program):
+        return one_token.run(program)
     rows = edited_rows(program)
     if rows is None or 2 * rows.numel() > program.q_len:
         return run_rows(program, edited=True)
