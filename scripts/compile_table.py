@@ -101,7 +101,10 @@ def exported(method: str, padded: bool = True) -> str:
 
 def rows(methods: list[str]) -> list[str]:
     """Lines of the table."""
-    lines = ["| method | model | compile, with mask | compile, without mask | export |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | model | compile, with mask | compile, without mask | export |",
+        "|---|---|---|---|---|",
+    ]
     for method in methods:
         family = family_of(method)
         text = family == "llama"

@@ -16,7 +16,7 @@ import hf_attn_patch as hap
 from hf_attn_patch.testbed.tiny import tiny_inputs, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from compile_table import WRONG, compiled, exported  # noqa: E402
+from compile_table import WRONG, compiled, exported
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_followed_fails_when_it_runs(llama, what):
     mask, positions = torch.ones_like(ids), torch.arange(24).expand(2, -1)
     given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
     method = {"streaming": {"window": 6, "sinks": 2}} if what == "packed" else {"entropy_scale": {}}
-    (name, options), = method.items()
+    ((name, options),) = method.items()
     with hap.patched(llama, name, **options), torch.no_grad():
         fast = torch.compile(llama, fullgraph=True, backend="eager")
         wanted = llama(ids, **given).logits
@@ -107,7 +107,7 @@ def test_an_error_inside_a_compiled_forward_leaves_no_facts_behind():
     inputs = dict(tiny_inputs(model, batch=2, length=40), use_cache=False)
     without = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     without["input_ids"] = torch.full_like(without["input_ids"], 5)
-    with hap.patched(model, "pai", alpha=0.5), torch.no_grad():
+    with hap.patched(model, "pai", alpha=0.5, first_layer=0), torch.no_grad():
         wanted = model(**inputs).logits
         fast = torch.compile(model, backend="eager")
         with pytest.raises(RuntimeError, match="no image token"):
@@ -138,7 +138,8 @@ def steps(model, call, cache, ids, parts):
 
 
 @pytest.mark.parametrize(
-    "backend, disabled", [(None, False), (None, True), ("eager", False), ("eager", True), ("aot_eager", False)]
+    "backend, disabled",
+    [(None, False), (None, True), ("eager", False), ("eager", True), ("aot_eager", False)],
 )
 def test_static_cache_of_a_partly_patched_model(llama, backend, disabled):
     ids, parts = ids_of(length=27), [22, 25, 26, 27]

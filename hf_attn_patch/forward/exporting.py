@@ -32,7 +32,9 @@ def exported(names: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except (*unknown, RuntimeError) as error:
-        if not isinstance(error, unknown) and "tensor subclasses" not in str(error):  # .numpy(), .tolist() of a trace
+        if not isinstance(error, unknown) and "tensor subclasses" not in str(
+            error
+        ):  # .numpy(), .tolist() of a trace
             raise
         raise PatchError(
             f"{names}: what is read depends on the values of tensors, which torch.export does not know, so this model "

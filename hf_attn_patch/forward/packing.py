@@ -18,7 +18,9 @@ def look(running: Running, given: Given) -> None:
     """Note which sequence of its row every token belongs to, if the arguments of the outermost model say so."""
     positions = given.get("position_ids")
     running.positions_given = positions is not None
-    if torch.compiler.is_compiling():  # nobody can look: a method that counts tokens asserts that nothing restarts
+    if (
+        torch.compiler.is_compiling()
+    ):  # nobody can look: a method that counts tokens asserts that nothing restarts
         if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] > 1:
             running.restarts = _begins(positions, given.get("attention_mask"), running.seen or 0).any()
         return

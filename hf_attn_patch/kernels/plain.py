@@ -28,7 +28,9 @@ FEW_ROWS = 32  # below this many queries a layout is not worth it
 def run_plain(program: Program) -> Tensor:
     """softmax(scale q k^T) v over the keys that mask and rule allow, [B, H, L, Dv]."""
     mask = program.mask
-    if torch.compiler.is_compiling():  # which keys rows read is a constant; buckets and gathers cannot be traced
+    if (
+        torch.compiler.is_compiling()
+    ):  # which keys rows read is a constant; buckets and gathers cannot be traced
         return run_rows(program)
     if program.rule is not None and program.rule.dynamic:
         runs = {ColumnsDiagonals: run_columns_diagonals, ChosenCells: run_cells}

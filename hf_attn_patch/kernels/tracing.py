@@ -52,7 +52,14 @@ def _ranges(description: Any, runs: Any, end: int, causal: bool, window: int | N
 
 
 def merged(
-    rule: Rule, starts: Any, first: Tensor, last: Tensor, end: int, causal: bool, window: int | None, left: int = 0
+    rule: Rule,
+    starts: Any,
+    first: Tensor,
+    last: Tensor,
+    end: int,
+    causal: bool,
+    window: int | None,
+    left: int = 0,
 ) -> list[list[tuple[int, int]]]:
     """Per run of query columns [first, last), int64 [n], the sorted disjoint ranges of key columns in [left, end) that
     some head of a static rule may read, whose positions count from one of the columns `starts`."""
