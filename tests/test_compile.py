@@ -107,7 +107,7 @@ def test_an_error_inside_a_compiled_forward_leaves_no_facts_behind():
     inputs = dict(tiny_inputs(model, batch=2, length=40), use_cache=False)
     without = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     without["input_ids"] = torch.full_like(without["input_ids"], 5)
-    with hap.patched(model, "pai", alpha=0.5), torch.no_grad():
+    with hap.patched(model, "pai", alpha=0.5, first_layer=0), torch.no_grad():
         wanted = model(**inputs).logits
         fast = torch.compile(model, backend="eager")
         with pytest.raises(RuntimeError, match="no image token"):

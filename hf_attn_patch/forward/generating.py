@@ -80,9 +80,10 @@ class NotContinuous:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises PatchError."""
         raise PatchError(
-            f"{self.name}: continuous batching (paged caches) does not run with patches. Its sequences share one row and "
-            "one pool of pages, their keys reach attention only inside transformers' own sdpa, eager and flash functions, "
-            "and it accepts no other attention implementation. Use generate on padded batches, or take the patches off "
+            f"{self.name}: continuous batching (paged caches) does not run with patches. Its sequences share one row "
+            "and one pool of pages, their keys reach attention only inside transformers' own sdpa, eager and flash "
+            "functions, and it accepts no other attention implementation. "
+            "Use generate on padded batches, or take the patches off "
             "first (hap.unpatch(model))"
         )
 

@@ -30,8 +30,9 @@ _now: ContextVar[Running | None] = ContextVar("hf_attn_patch_running", default=N
 
 
 class Seen:
-    """What torch.compile can follow, which cannot read context variables. now: innermost running forward of this thread;
-    it equals the context variable while a forward runs, so facts cross graph breaks and borders of compiled regions.
+    """What torch.compile can follow, which cannot read context variables. now: innermost running forward of this
+    thread; it equals the context variable while a forward runs, so that
+    facts cross graph breaks and borders of compiled regions.
     said: {token of a context: what `hap.prompt` says in this thread}."""
 
     def __init__(self) -> None:

@@ -54,8 +54,8 @@ def pieces_of(mask: Mask, sequences: Tensor | None) -> list[Piece]:
 
 
 def assert_none(active: list[SitePatch], running: Running, mask: Mask, kwargs: dict[str, Any]) -> None:
-    """While torch.compile traces: rows are plain sequences, or the compiled forward fails when it runs. Nobody can look at
-    positions and padding then, and a call cannot be cut into pieces.
+    """While torch.compile traces: rows are plain sequences, or the compiled forward fails when it runs. Nobody can look
+    at positions and padding then, and a call cannot be cut into pieces.
 
     Raises:
         ModelMismatchError: lengths of packed sequences were given, which no traced call follows.
