@@ -109,6 +109,28 @@ def refuse(active: list[SitePatch], mask: Mask, sequences: Tensor | None) -> Non
         )
 
 
+def refuse_given_mask(active: list[SitePatch], mask: Mask, sequences: Tensor, running: Running) -> None:
+    """Refuse packed rows that come with a 4-d mask (looked at once per forward): rules count from the start of a
+    sequence, and the mask may hide more than the other sequences.
+
+    Raises:
+        ModelMismatchError: position ids begin again between real tokens.
+    """
+    key = ("packed under a given mask", id(mask.given))
+    if key not in running.scratch:
+        begins = sequences.diff(dim=1) != 0
+        if mask.padding is not None:
+            real = mask.padding[:, -mask.q_len :].to(begins.device)
+            begins = begins & real[:, 1:] & real[:, :-1]
+        running.scratch[key] = bool(begins.any())
+    if running.scratch[key]:
+        raise ModelMismatchError(
+            f"{active[0].entry.config.name}: position ids begin again inside the rows of this batch (several sequences "
+            "are packed into one), and a 4-d mask came along, which may hide anything. Pass packed rows with their "
+            "position ids and without a mask, or one sequence in each row"
+        )
+
+
 class PieceOf(Running):
     """The running forward as one of its pieces sees it."""
 

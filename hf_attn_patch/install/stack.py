@@ -171,12 +171,16 @@ class PatchStack(nn.Module):
         self, active: list[SitePatch], running: Running | None, mask: Mask, key: Any, kwargs: dict[str, Any]
     ) -> tuple[list[pieces.Piece], bool] | None:
         """(pieces of this call, each is a whole sequence of its own), or None: it is taken as one."""
-        if running is None or mask.given is not None or not isinstance(key, Tensor):
+        if running is None or not isinstance(key, Tensor):
             return None
         if torch.compiler.is_compiling():
             pieces.assert_none(active, running, mask, kwargs)
             return None
         sequences, separate = running.sequences, running.separate
+        if mask.given is not None:
+            if sequences is not None and sequences.shape[1] == mask.q_len and any(p.counts for p in active):
+                pieces.refuse_given_mask(active, mask, sequences, running)
+            return None
         if sequences is None and "cu_seq_lens_q" in kwargs and mask.batch == 1:
             sequences = from_lengths(kwargs)
             separate = sequences is not None

@@ -83,9 +83,9 @@ class VisualAttentionRedistribution(Patch):
 
     Differs from the original code: works on batches, left padding and several images. A row counts as "behind the
     image" when it is no image token itself and has an image key before it, which for one image is the
-    original's rule and does not depend on later tokens. Sinks are found in every forward of several tokens, and
-    generated tokens never become sinks; when prompt and answer are scored in one forward, say where the prompt
-    ends with ``hap.prompt(model, length=...)``. Third parties report better POPE, but *worse* CHAIR captions.
+    original's rule and does not depend on later tokens. Sinks are found in the prompt, as ``generate`` knows it, or
+    else in every forward of several tokens, and generated tokens never become sinks; when prompt and answer are scored
+    in one forward, say where the prompt ends with ``hap.prompt(model, length=...)``. Third parties report better POPE, but *worse* CHAIR captions.
     """
 
     paper = "See What You Are Told: Visual Attention Sink in Large Multimodal Models"
@@ -178,10 +178,11 @@ class VisualAttentionRedistribution(Patch):
         context = call.context
         assert context is not None
         hidden = context.layer_input(call.path).detach()  # a decision, not a differentiable quantity
-        if columns.numel() > 1:
+        told = context.prompt_length if context.memory.told else context.override.get("length")
+        if columns.numel() > 1 or told is not None:
             found = sink_tokens(hidden, self._dims, self.tau)
-            if "length" in context.override:
-                found = found & (columns < context.override["length"])
+            if told is not None:
+                found = found & (columns < told)
         else:
             found = hidden.new_zeros(hidden.shape[:2], dtype=torch.bool)
         key = f"var sinks {call.path}"

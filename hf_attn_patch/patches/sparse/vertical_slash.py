@@ -38,9 +38,9 @@ class VerticalSlash(Patch):
     always) and the best `slash` diagonals (the nearest `recent` always) are read: query q reads key k iff k is one of
     the columns or q - k one of the distances. Counts include what is always read.
 
-    Prefill only: queries behind the prompt (`hap.prompt(model, length=...)`, else the first forward that filled the
-    cache) read everything, as do single queries. A prompt that comes in pieces is sparse in its first piece; say its
-    whole length with `hap.prompt` to have every piece choose by its own last queries.
+    Prefill only: queries behind the prompt (as `hap.prompt(model, length=...)` or ``generate`` says, else every forward
+    of several tokens is one) read everything, as do single queries. A prompt that comes in pieces (by hand, or
+    ``prefill_chunk_size``) is read by other lines than at once: every piece chooses by its own last queries.
 
     `patterns`: sizes per query head, the original's JSON (a list with one ``{head: ["vertical_and_slash", vertical,
     slash, score]}`` per layer; heads that are not listed take `vertical` and `slash`), or what ``calibrate
@@ -177,7 +177,8 @@ def line_scores(program: Program, b: int, end: int, last: int) -> tuple[Tensor, 
     at = torch.arange(begin, end, device=device)
     query, key = program.query[b, :, at - mask.q_offset], program.key[b]
     grouped = query.reshape(key.shape[0], -1, query.shape[2])
-    scores = (grouped.to(dtype) @ key.to(dtype).mT).reshape(H, len(at), size) * program.scale
+    with torch.autocast(device.type, enabled=False):  # lines are chosen in `dtype`, whatever the model computes in
+        scores = (grouped.to(dtype) @ key.to(dtype).mT).reshape(H, len(at), size) * program.scale
     allowed = mask.block(at, mask.key_columns.to(device))
     allowed = allowed[b if allowed.shape[0] > 1 else 0].expand(H, -1, -1)
     mass = masked_softmax(scores[None], allowed[None])[0]
