@@ -60,7 +60,8 @@ def test_the_shortcut_gives_what_the_general_way_gives(name, options, pads, coun
     mask = None if pads is None else torch.stack([(torch.arange(30) >= n).long() for n in pads])
     with hap.patched(model, name, **options) as handle:
         short = decoded(model, ids, 12, mask)
-        assert sum(counted) >= 20  # two layers, most of 18 tokens
+        if name != "duo" or pads is None:  # heads that keep everything hold padding too, which must be masked
+            assert sum(counted) >= 20  # two layers, most of 18 tokens
         assert handle.report().sites[0].kv_len == 30
         monkeypatch.setattr(steady, "of", lambda *a: None)
         for site in handle.sites:

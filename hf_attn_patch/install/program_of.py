@@ -104,7 +104,10 @@ def make_program(
 def one_dtype(query: Tensor, key: Any, value: Any) -> tuple[Tensor, Any, Any]:
     """Queries, keys and values in one dtype: behind a rotary embedding, ``torch.autocast`` leaves float32 queries and
     keys beside half values, and the model's own attention would cast them."""
-    if query.dtype == key.dtype == value.dtype:
+    if isinstance(key, RaggedKV):
+        if all(group.key.dtype == group.value.dtype == query.dtype for group in key.groups):
+            return query, key, value
+    elif query.dtype == key.dtype == value.dtype:
         return query, key, value
     kind = query.device.type
     if torch.is_autocast_enabled(kind):

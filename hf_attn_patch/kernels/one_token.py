@@ -1,7 +1,7 @@
 """One decoded token with edited scores: two small products and a softmax, no mask to build.
 
-For edits that add to, scale, or add a share of the size of the scores of a key class, by a finite number, where every key
-is visible. What depends on key classes alone (one number per key) is made once per forward: layers share classes.
+For edits that add to, scale, or add a share of the size of the scores of a key class, by a finite number, where every
+key is visible. What depends on key classes alone (one number per key) is made once per forward: layers share classes.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def _amounts(program: Program, edit: ScoreEdit) -> Tensor:
         target = target & edit.rows[:, None, :, None]
     if (heads := head_selector(edit.heads, program.num_heads, target.device)) is not None:
         target = target & heads
-    found = torch.where(target, float(edit.amount), neutral).to(dtype)
+    number = lambda x: torch.tensor(x, dtype=dtype, device=target.device)
+    found = torch.where(target, number(float(edit.amount)), number(neutral))
     kept[name] = ((edit.rows, classes), found)
     return found
