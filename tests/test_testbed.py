@@ -403,5 +403,7 @@ def test_training_digits_vit_learns():
     from hf_attn_patch.testbed import digits_vit
 
     state = torch.get_rng_state()
-    assert digits_vit.accuracy(digits_vit.train(epochs=2)) > 0.25  # guessing: 0.1; the shipped weights took 30
+    assert (
+        digits_vit.accuracy(digits_vit.train(epochs=2)) > 0.25
+    )  # guessing: 0.1; the shipped weights took 30
     assert torch.equal(torch.get_rng_state(), state)
