@@ -193,7 +193,8 @@ HEAD = (
 def line(row: dict[str, Any]) -> str:
     return (
         f"| {row['method']} | {row['prompt']} | {row['layers']} "
-        f"| {row['dense_min']:.2f} / {row['dense_median']:.2f} | {row['patched_min']:.2f} / {row['patched_median']:.2f} "
+        f"| {row['dense_min']:.2f} / {row['dense_median']:.2f} "
+        f"| {row['patched_min']:.2f} / {row['patched_median']:.2f} "
         f"| {row['ratio_min']:.2f}x / {row['ratio_median']:.2f}x "
         f"| {row['layer_min']:+.3f} / {row['layer_median']:+.3f} | {row['off']:.0e} |"
     )

@@ -81,7 +81,7 @@ class _Carried:
         layer, names = layer_module(context.model, path), path.split(".")
         around = [context.model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)]
         way = around[next(n for n, m in enumerate(around) if m is layer) :]  # from the layer to its attention
-        # before transformers 5.2x a layer checkpointed itself in __call__, around its hooks: what a hook adds is not
+        # up to transformers 5.20 a layer checkpoints itself in __call__, around its hooks: what a hook adds is not
         # kept for the recomputation there
         outside = type(layer).__call__ is nn.Module.__call__
         self.hands_on = outside and all(_takes_anything(m) for m in way)
