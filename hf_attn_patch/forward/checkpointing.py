@@ -81,7 +81,10 @@ class _Carried:
         layer, names = layer_module(context.model, path), path.split(".")
         around = [context.model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)]
         way = around[next(n for n, m in enumerate(around) if m is layer) :]  # from the layer to its attention
-        self.hands_on = all(_takes_anything(m) for m in way)
+        # up to transformers 5.20 a layer checkpoints itself in __call__, around its hooks: what a hook adds is not
+        # kept for the recomputation there
+        outside = type(layer).__call__ is nn.Module.__call__
+        self.hands_on = outside and all(_takes_anything(m) for m in way)
 
     def layer_begins(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """In the forward: what the layer needs to be computed again goes with it."""

