@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench plans frontier moh vlm docs aot gpu-check testbed versions install clean
+.PHONY: fuzz demo test lint bench plans frontier moh vlm docs aot gpu-check testbed versions install clean
 
 install: $(STAMP)
 
@@ -43,6 +43,10 @@ lint: $(STAMP)
 test: lint
 	-$(MAKE) --no-print-directory testbed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-auto} --dist worksteal
+
+# random programs and caches against the reference, random damage to adapter files; small ones run in `make test`
+fuzz: $(STAMP)
+	HAP_FUZZ=$${HAP_FUZZ:-600} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels/test_fuzz.py tests/test_adapter_fuzz.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_attention.py --out benchmarks/results/attention-cpu.csv
