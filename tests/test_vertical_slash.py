@@ -198,7 +198,11 @@ def test_what_follows_the_prompt_is_dense():
     inputs = inputs_of(model, batch=1, length=30)
     ids = inputs["input_ids"]
     options = {"vertical": 2, "slash": 3, "sinks": 1, "recent": 2, "last": 8}
-    with hap.patched(model, "vertical_slash", **options) as handle, hap.prompt(model, length=20), torch.no_grad():
+    with (
+        hap.patched(model, "vertical_slash", **options) as handle,
+        hap.prompt(model, length=20),
+        torch.no_grad(),
+    ):
         cache = DynamicCache(config=model.config)
         model(ids[:, :20], past_key_values=cache)
         sparse = [s.block_density for s in handle.report().sites]

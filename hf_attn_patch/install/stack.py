@@ -14,6 +14,7 @@ from ..errors import ModelMismatchError
 from ..forward.checkpointing import FACTS
 from ..forward.packing import from_lengths
 from ..kernels import Result, attention
+from ..model.devices import HOOK, onloaded
 from . import pieces
 from .dispatch import live, register
 from .names import CHILD
@@ -69,7 +70,11 @@ class PatchStack(nn.Module):
         kwargs.pop(FACTS, None)
         running = None if self.context is None else self.context.running()
         try:
-            return self._run(running, module, query, key, value, attention_mask, kwargs)
+            held = [p for p in self.site_patches() if p._parameters or p._buffers or p._modules]
+            if not any(HOOK in m.__dict__ for p in held for m in p.modules()):
+                return self._run(running, module, query, key, value, attention_mask, kwargs)
+            with onloaded(*held):  # offloaded after it was patched
+                return self._run(running, module, query, key, value, attention_mask, kwargs)
         finally:
             if running is not None and running.layers:
                 for patch in self.site_patches():

@@ -41,9 +41,7 @@ class Calls:
 def low(bench: Bench, dtype: torch.dtype, casts: bool) -> Pairs:
     """One forward (and a decoded token) in `dtype`: by autocast, or because the patched model is cast."""
     model = bench.fresh().float()
-    inputs = {
-        k: v.float() if v.is_floating_point() else v for k, v in bench.inputs(left_pad=0).items()
-    }
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in bench.inputs(left_pad=0).items()}
     with bench.patched(model), Calls() as calls:
         plain = bench.forward(model, inputs)
         if casts:
@@ -78,12 +76,13 @@ def in_budget(program: Program, dtype: torch.dtype, autocast: bool) -> None:
 
 
 for _dtype, _name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-    setting(f"autocast {_name}", "torch.autocast around forwards; every call within 2x the error of plain torch")(
-        lambda bench, dtype=_dtype: low(bench, dtype, casts=False)
-    )
-    setting(f"model cast to {_name} after patching", ".half() / .to(bfloat16) of the patched model; the same budget")(
-        lambda bench, dtype=_dtype: low(bench, dtype, casts=True)
-    )
+    setting(
+        f"autocast {_name}", "torch.autocast around forwards; every call within 2x the error of plain torch"
+    )(lambda bench, dtype=_dtype: low(bench, dtype, casts=False))
+    setting(
+        f"model cast to {_name} after patching",
+        ".half() / .to(bfloat16) of the patched model; the same budget",
+    )(lambda bench, dtype=_dtype: low(bench, dtype, casts=True))
 
 
 @setting(".to(float64) and back", "patched in float32, then cast to float64; equals patched in float64")

@@ -36,7 +36,11 @@ def plain(bench: Bench, model: Any, inputs: dict[str, Any], end: int, last: int)
         return parts(bench, model, inputs, [end, *range(end + 1, last + 1)], dynamic(model))
 
 
-@setting("prefill_chunk_size", "generate that reads its prompt in chunks of 5; logits of one that reads it at once", decoder=True)
+@setting(
+    "prefill_chunk_size",
+    "generate that reads its prompt in chunks of 5; logits of one that reads it at once",
+    decoder=True,
+)
 def chunk_size(bench: Bench) -> Pairs:
     model, inputs = bench.model, bench.inputs(left_pad=[2, 0])
     with bench.patched(model):
@@ -54,22 +58,36 @@ def in_chunks(bench: Bench, said: bool) -> Pairs:
             # a forward of one token on a filled cache is decoding, as far as nobody says otherwise
             cuts = [first, *([first + 1] if said else []), first + 3, end, *range(end + 1, last + 1)]
             got = parts(bench, model, inputs, sorted(set(cuts)), dynamic(model))
-    for row, pad in enumerate((3, 0)):  # what padding says is nobody's business; unsaid, the answer must be right
+    for row, pad in enumerate(
+        (3, 0)
+    ):  # what padding says is nobody's business; unsaid, the answer must be right
         begin = pad if said else end
         yield f"row {row}", got[row, begin:], want[row, begin:]
 
 
-@setting("chunks by hand, length said", "forwards of several tokens inside hap.prompt(length=); equals the prompt at once", decoder=True)
+@setting(
+    "chunks by hand, length said",
+    "forwards of several tokens inside hap.prompt(length=); equals the prompt at once",
+    decoder=True,
+)
 def chunks_said(bench: Bench) -> Pairs:
     yield from in_chunks(bench, True)
 
 
-@setting("chunks by hand, length unsaid", "the same without hap.prompt: the answer is that of the prompt at once, or refused", decoder=True)
+@setting(
+    "chunks by hand, length unsaid",
+    "the same without hap.prompt: the answer is that of the prompt at once, or refused",
+    decoder=True,
+)
 def chunks_unsaid(bench: Bench) -> Pairs:
     yield from in_chunks(bench, False)
 
 
-@setting("several turns on one cache", "two calls of generate on one cache; logits of a hand-written loop over the same tokens", decoder=True)
+@setting(
+    "several turns on one cache",
+    "two calls of generate on one cache; logits of a hand-written loop over the same tokens",
+    decoder=True,
+)
 def turns(bench: Bench) -> Pairs:
     model, inputs = bench.model, bench.inputs(batch=1)
     more = torch.randint(5, 90, (1, 6), generator=torch.Generator().manual_seed(3))
@@ -80,7 +98,11 @@ def turns(bench: Bench) -> Pairs:
         text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         second = bench.generate(model, text, 4, past_key_values=first.past_key_values)
         end, turn, last = given["input_ids"].shape[1], ids.shape[1], second.sequences.shape[1]
-        everything = {**given, "input_ids": second.sequences, "attention_mask": torch.ones_like(second.sequences)}
+        everything = {
+            **given,
+            "input_ids": second.sequences,
+            "attention_mask": torch.ones_like(second.sequences),
+        }
         everything["position_ids"] = torch.arange(last)[None]
         cuts = [end, *range(end + 1, end + 4), turn, *range(turn + 1, last)]
         want = parts(bench, model, everything, cuts, dynamic(model))
@@ -88,7 +110,11 @@ def turns(bench: Bench) -> Pairs:
     yield "second answer", second.logits, want[:, turn - 1 : last - 1].float()
 
 
-@setting("copies of caches", "a prefix read once, its cache deep-copied for two continuations; equals reading it anew", decoder=True)
+@setting(
+    "copies of caches",
+    "a prefix read once, its cache deep-copied for two continuations; equals reading it anew",
+    decoder=True,
+)
 def copies(bench: Bench) -> Pairs:
     model = bench.model
     one = bench.inputs(batch=1, length=18)
@@ -116,7 +142,9 @@ def beams(bench: Bench) -> Pairs:
     model, inputs = bench.model, bench.inputs(left_pad=[3, 0])
     with bench.patched(model):
         found = [
-            bench.generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True, use_cache=c)
+            bench.generate(
+                model, inputs, num_beams=3, num_return_sequences=2, output_scores=True, use_cache=c
+            )
             for c in (True, False)
         ]
     yield "sequences", found[0].sequences, found[1].sequences
@@ -131,7 +159,9 @@ def uncached(bench: Bench) -> Pairs:
         yield "logits", bench.generate(model, inputs, use_cache=False).logits, want
 
 
-@setting("several samples of a prompt", "num_return_sequences=3, seeded; with a cache as without", decoder=True)
+@setting(
+    "several samples of a prompt", "num_return_sequences=3, seeded; with a cache as without", decoder=True
+)
 def samples(bench: Bench) -> Pairs:
     model, inputs = bench.model, bench.inputs(left_pad=[3, 0])
     found = []
@@ -170,7 +200,9 @@ def lookup(bench: Bench) -> Pairs:
 def assisted(bench: Bench) -> Pairs:
     if "pixel_values" in bench.inputs():
         raise NotApplicable("drafts for a model that sees images need a drafting model that sees them")
-    drafter = copy.deepcopy(bench.model)  # the dense model drafts well for its patched self, but not always rightly
+    drafter = copy.deepcopy(
+        bench.model
+    )  # the dense model drafts well for its patched self, but not always rightly
     drafter.generation_config.num_assistant_tokens = 4
     yield from same_tokens(bench, assistant_model=drafter)
     other = tiny_model(bench.family, seed=1).double()
@@ -201,7 +233,11 @@ def static_generate(bench: Bench) -> Pairs:
         yield "logits", bench.generate(model, inputs, cache_implementation="static").logits, want
 
 
-@setting("disabled() meanwhile", "half of a conversation inside handle.disabled(): dense there, refused, or the dense tokens", decoder=True)
+@setting(
+    "disabled() meanwhile",
+    "half of a conversation inside handle.disabled(): dense there, refused, or the dense tokens",
+    decoder=True,
+)
 def disabled(bench: Bench) -> Pairs:
     model, inputs = bench.model, bench.inputs(batch=1)
     last, end = inputs["input_ids"].shape[1], bench.prompt_end(inputs)

@@ -41,7 +41,11 @@ def alone(inputs: dict[str, Any], row: int, batch: int) -> dict[str, Any]:
     return one
 
 
-@setting("batched chat, padding between the turns", "two turns of different lengths per row; each row equals itself alone", decoder=True)
+@setting(
+    "batched chat, padding between the turns",
+    "two turns of different lengths per row; each row equals itself alone",
+    decoder=True,
+)
 def chat(bench: Bench) -> Pairs:
     model = bench.model
     inputs = bench.inputs(length=22, left_pad=[3, 0])
@@ -89,7 +93,10 @@ def packed(bench: Bench, **told: Any) -> Pairs:
         yield "packed row", bench.forward(model, {**row, **told}, use_cache=False), want
 
 
-@setting("packed rows: position ids", "two texts in a row, positions begin again, no mask; each equals itself alone")
+@setting(
+    "packed rows: position ids",
+    "two texts in a row, positions begin again, no mask; each equals itself alone",
+)
 def packed_positions(bench: Bench) -> Pairs:
     yield from packed(bench)
 
@@ -103,7 +110,10 @@ def packed_mask(bench: Bench) -> Pairs:
     yield from packed(bench, attention_mask=mask.masked_fill(~allowed, torch.finfo(torch.float64).min))
 
 
-@setting("packed rows: a mask of ones", "position ids begin again under attention_mask=1: as the model reads it, or refused")
+@setting(
+    "packed rows: a mask of ones",
+    "position ids begin again under attention_mask=1: as the model reads it, or refused",
+)
 def packed_ones(bench: Bench) -> Pairs:
     _, row, _ = pack(bench) if bench.family in PER_TOKEN else (None, {"input_ids": torch.ones(1, 1)}, None)
     yield from packed(bench, attention_mask=torch.ones_like(row["input_ids"]))
@@ -117,7 +127,9 @@ def packed_lengths(bench: Bench) -> Pairs:
     yield from packed(bench, **told)
 
 
-@setting("inputs_embeds", "embeddings instead of ids, image columns said by hap.prompt; equals ids", decoder=True)
+@setting(
+    "inputs_embeds", "embeddings instead of ids, image columns said by hap.prompt; equals ids", decoder=True
+)
 def embeds(bench: Bench) -> Pairs:
     model, inputs = bench.model, bench.inputs()
     ids = inputs["input_ids"]

@@ -43,7 +43,9 @@ def threads(bench: Bench) -> Pairs:
         yield f"prompt {number}", a, b
 
 
-@setting("asyncio: run_in_executor and to_thread", "tasks that leave forwards to threads; equals one at a time")
+@setting(
+    "asyncio: run_in_executor and to_thread", "tasks that leave forwards to threads; equals one at a time"
+)
 def executor(bench: Bench) -> Pairs:
     model, prompts = bench.model, jobs(bench)[:4]
 
@@ -80,7 +82,11 @@ def talks(bench: Bench) -> list[tuple[dict[str, Any], int]]:
     return found
 
 
-@setting("asyncio: awaits between forwards", "three decoding tasks, each with its hap.prompt; equals one at a time", decoder=True)
+@setting(
+    "asyncio: awaits between forwards",
+    "three decoding tasks, each with its hap.prompt; equals one at a time",
+    decoder=True,
+)
 def awaits(bench: Bench) -> Pairs:
     model = bench.model
 
@@ -88,7 +94,10 @@ def awaits(bench: Bench) -> Pairs:
         found = []
         cache = DynamicCache(config=model.config)
         with bench.prompt(model, length=length):
-            for begin, stop in [(0, length), *((i, i + 1) for i in range(length, inputs["input_ids"].shape[1]))]:
+            for begin, stop in [
+                (0, length),
+                *((i, i + 1) for i in range(length, inputs["input_ids"].shape[1])),
+            ]:
                 part = columns_of(inputs, begin, stop)
                 found.append(bench.forward(model, part, past_key_values=cache, use_cache=True))
                 await asyncio.sleep(0)
@@ -125,11 +134,19 @@ def interleaved(bench: Bench, said: bool) -> Pairs:
         yield f"conversation {number}", torch.cat(a, 1), b
 
 
-@setting("generators", "three loops of one's own, interleaved in one thread; equals one after the other", decoder=True)
+@setting(
+    "generators",
+    "three loops of one's own, interleaved in one thread; equals one after the other",
+    decoder=True,
+)
 def generators(bench: Bench) -> Pairs:
     yield from interleaved(bench, said=False)
 
 
-@setting("generators with hap.prompt around their yields", "the same, each inside its own hap.prompt(length=)", decoder=True)
+@setting(
+    "generators with hap.prompt around their yields",
+    "the same, each inside its own hap.prompt(length=)",
+    decoder=True,
+)
 def generators_said(bench: Bench) -> Pairs:
     yield from interleaved(bench, said=True)

@@ -40,7 +40,10 @@ def offloaded(bench: Bench, offload: Any) -> Pairs:
         hap.unpatch(model)
 
 
-@setting("accelerate cpu_offload", "parameters on meta between uses; patched before or behind it; equals no offload")
+@setting(
+    "accelerate cpu_offload",
+    "parameters on meta between uses; patched before or behind it; equals no offload",
+)
 def cpu_offload(bench: Bench) -> Pairs:
     from accelerate import cpu_offload as offload
 
@@ -110,7 +113,11 @@ def lora(bench: Bench) -> Pairs:
             raise Wrong("the merged model did not carry one patch")
 
 
-@setting("PEFT prompt tuning", "virtual tokens as embeddings in front; equals the embeddings given by hand", text=True)
+@setting(
+    "PEFT prompt tuning",
+    "virtual tokens as embeddings in front; equals the embeddings given by hand",
+    text=True,
+)
 def prompt_tuning(bench: Bench) -> Pairs:
     from peft import PromptTuningConfig, TaskType, get_peft_model
 
@@ -145,7 +152,10 @@ class Boom(Exception):
     """The user's own error."""
 
 
-@setting("nested blocks and errors inside", "an error in the inner of two patched blocks; outer patch, then the dense model come back")
+@setting(
+    "nested blocks and errors inside",
+    "an error in the inner of two patched blocks; outer patch, then the dense model come back",
+)
 def nested(bench: Bench) -> Pairs:
     model, inputs = bench.model, bench.inputs()
     dense = bench.forward(model, inputs)
@@ -160,7 +170,9 @@ def nested(bench: Bench) -> Pairs:
                     raise Boom
             except Boom:
                 pass
-            except hap.PatchError as error:  # the two do not compose: the block raises before anything changed
+            except (
+                hap.PatchError
+            ) as error:  # the two do not compose: the block raises before anything changed
                 if bench.case.patch not in str(error) and "site" not in str(error):
                     raise
         yield "outer patch", bench.forward(model, inputs), want
@@ -185,7 +197,10 @@ def cut_off(bench: Bench, error: type[BaseException]) -> Pairs:
             def stop(module: Any, args: Any) -> None:
                 raise error
 
-            for module in (site.module, next(m for m in site.module.modules() if isinstance(m, torch.nn.Linear))):
+            for module in (
+                site.module,
+                next(m for m in site.module.modules() if isinstance(m, torch.nn.Linear)),
+            ):
                 hook = module.register_forward_pre_hook(stop)
                 try:
                     bench.answer(model, inputs)
@@ -248,7 +263,10 @@ def saved(bench: Bench) -> Pairs:
         yield "outputs", bench.answer(model, inputs), want
 
 
-@setting("weights loaded meanwhile", "load_state_dict of dense weights into the patched model; equals patching the loaded one")
+@setting(
+    "weights loaded meanwhile",
+    "load_state_dict of dense weights into the patched model; equals patching the loaded one",
+)
 def weights(bench: Bench) -> Pairs:
     inputs = bench.inputs(left_pad=0)
     other = bench.fresh()
@@ -265,7 +283,10 @@ def weights(bench: Bench) -> Pairs:
         yield "outputs", bench.answer(model, inputs), want
 
 
-@setting("set_attn_implementation meanwhile", 'model.set_attn_implementation("eager") while patched: still patched, or refused by name')
+@setting(
+    "set_attn_implementation meanwhile",
+    'model.set_attn_implementation("eager") while patched: still patched, or refused by name',
+)
 def implementation(bench: Bench) -> Pairs:
     inputs, eager, model = bench.inputs(left_pad=0), bench.fresh(), bench.fresh()
     eager.set_attn_implementation("eager")
@@ -277,7 +298,11 @@ def implementation(bench: Bench) -> Pairs:
     yield "the user's choice is kept", model.config._attn_implementation, "eager"
 
 
-@setting('pipeline("text-generation")', "built from a patched model, and patched itself; text of generate", text=True)
+@setting(
+    'pipeline("text-generation")',
+    "built from a patched model, and patched itself; text of generate",
+    text=True,
+)
 def pipeline(bench: Bench) -> Pairs:
     from transformers import pipeline as build
 
@@ -301,7 +326,11 @@ def pipeline(bench: Bench) -> Pairs:
         yield "patched itself", made(text, **how)[0]["generated_token_ids"], want
 
 
-@setting("torch.compile", 'backend "eager": the graph is traced, nothing is generated; equals no compilation', slow=True)
+@setting(
+    "torch.compile",
+    'backend "eager": the graph is traced, nothing is generated; equals no compilation',
+    slow=True,
+)
 def compiled(bench: Bench) -> Pairs:
     model = bench.fresh()
     inputs, other = bench.inputs(left_pad=0), bench.inputs(length=23, seed=2)

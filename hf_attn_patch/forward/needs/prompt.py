@@ -100,8 +100,9 @@ def _compute_again(running: Running, given: Given) -> None:
     placeholders = image_token_ids(running.config)
     if placeholders and bool(torch.isin(ids, torch.tensor(placeholders, device=ids.device)).any()):
         raise PatchError(
-            "the prompt comes in parts, and the token that ended the part before must be computed again, but it belongs "
-            f"to an image, whose features are not here any more. End no part inside or right behind an image, or: {SAY_IT}"
+            "the prompt comes in parts, and the token that ended the part before must be computed again, but it belongs"
+            " to an image, whose features are not here any more. End no part inside or right behind an image, or: "
+            f"{SAY_IT}"
         )
     inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
     mask = given.get("attention_mask")

@@ -85,7 +85,8 @@ class VisualAttentionRedistribution(Patch):
     image" when it is no image token itself and has an image key before it, which for one image is the
     original's rule and does not depend on later tokens. Sinks are found in the prompt, as ``generate`` knows it, or
     else in every forward of several tokens, and generated tokens never become sinks; when prompt and answer are scored
-    in one forward, say where the prompt ends with ``hap.prompt(model, length=...)``. Third parties report better POPE, but *worse* CHAIR captions.
+    in one forward, say where the prompt ends with ``hap.prompt(model, length=...)``.
+    Third parties report better POPE, but *worse* CHAIR captions.
     """
 
     paper = "See What You Are Told: Visual Attention Sink in Large Multimodal Models"

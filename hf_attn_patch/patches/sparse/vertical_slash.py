@@ -177,7 +177,9 @@ def line_scores(program: Program, b: int, end: int, last: int) -> tuple[Tensor, 
     at = torch.arange(begin, end, device=device)
     query, key = program.query[b, :, at - mask.q_offset], program.key[b]
     grouped = query.reshape(key.shape[0], -1, query.shape[2])
-    with torch.autocast(device.type, enabled=False):  # lines are chosen in `dtype`, whatever the model computes in
+    with torch.autocast(
+        device.type, enabled=False
+    ):  # lines are chosen in `dtype`, whatever the model computes in
         scores = (grouped.to(dtype) @ key.to(dtype).mT).reshape(H, len(at), size) * program.scale
     allowed = mask.block(at, mask.key_columns.to(device))
     allowed = allowed[b if allowed.shape[0] > 1 else 0].expand(H, -1, -1)
