@@ -10,7 +10,7 @@ from ..cache import SpanLayer
 from ..call.mask import Mask
 from ..call.program import Program, same_state
 from ..call.ragged import RaggedKV
-from ..errors import ModelMismatchError
+from ..errors import ModelMismatchError, PatchError
 from ..forward.checkpointing import FACTS
 from ..forward.packing import from_lengths
 from ..kernels import Result, attention
@@ -75,6 +75,15 @@ class PatchStack(nn.Module):
                 return self._run(running, module, query, key, value, attention_mask, kwargs)
             with onloaded(*held):  # offloaded after it was patched
                 return self._run(running, module, query, key, value, attention_mask, kwargs)
+        except Exception as error:
+            if type(error).__name__ == "GuardOnDataDependentSymNode":  # torch.export: a graph has no values
+                names = ", ".join(dict.fromkeys(p.entry.config.name for p in self.site_patches()))
+                raise PatchError(
+                    f"{names}: torch.export needs a graph that does not depend on values, and this call does "
+                    "(padding in the attention_mask, or what the method chooses). Export without an attention_mask if "
+                    "no row is padded, export the model without the patch, or use torch.compile"
+                ) from error
+            raise
         finally:
             if running is not None and running.layers:
                 for patch in self.site_patches():

@@ -27,16 +27,11 @@ from hf_attn_patch.forward.needs.images import image_token_ids
 from ..conformance.families import DECODERS, FAMILIES, Case, _model, cases, forward, inputs_of, media_end
 
 EXACT = 1e-9  # float64; relative to the size of the output
-STATES = (
-    "WRONG",
-    "documented",
-    "refused",
-    "right",
-    "n.a.",
-)  # a cell of several cases shows the first of these
+# a cell of several cases shows the first of these
+STATES = ("WRONG", "documented", "refused", "right", "n.a.")
 CHUNKS = (
-    "every piece of a prompt chooses its lines by its own last queries, so a prompt in pieces is read by other lines than "
-    "at once (docstring of vertical_slash)"
+    "every piece of a prompt chooses its lines by its own last queries, so a prompt in pieces is read by other lines "
+    "than at once (docstring of vertical_slash)"
 )
 # what differs and says so where the method is described: (setting, method) -> sentence
 DOCUMENTED = {
