@@ -123,6 +123,11 @@ def prompt(
         image_keys: bool [B, S], True on image tokens, when the model is called with `inputs_embeds` only.
         marked: token ranges ``[[start, end], ...]`` for every row, or one such list per row (`pasta`), counted
             from the first real token of a row, end excluded.
+
+    What is said holds in this thread or asyncio task, and in tasks started inside the block. A *thread* started inside
+    does not know it (``asyncio.to_thread`` does: it copies the context): say it in the thread. Nor is it bound to a
+    generator: a block around a ``yield`` also reaches what the caller runs meanwhile, and two generators that hold
+    such blocks open at a time are refused; say it around every forward there.
     """
     states = {id(state): state for state, _ in entries_of(model)}
     if not states:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import PatchError
 from . import checkpointing, generating, packing
 from .exporting import exported
 from .needs import prompt
@@ -28,6 +29,10 @@ from .needs.losses import Losses
 from .running import HANDED, Running, begin, current, end, innermost, of_thread
 
 PATCHED = ".attn_patch."  # in the names of tensors that patches hold
+
+OWNERS = (
+    "generators"  # among what was said: ids of the frames of the generators that said it, outermost first
+)
 
 _said: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("hf_attn_patch_said", default=None)
 
@@ -91,7 +96,10 @@ class Context:
     def prompt(self, **facts: Any) -> Iterator[None]:
         """Inside, forwards of this model are told `facts` (in this thread or task)."""
         everything = _said.get() or {}
-        mine = {**everything.get(self.token, {}), **{k: v for k, v in facts.items() if v is not None}}
+        outer = everything.get(self.token, {})
+        mine = {**outer, **{k: v for k, v in facts.items() if v is not None}}
+        if not torch.compiler.is_compiling() and (owner := _generator_that_says(sys._getframe(1))):
+            mine[OWNERS] = (*outer.get(OWNERS, ()), owner)
         token, before = _said.set({**everything, self.token: mine}), of_thread().said
         of_thread().said = {**before, self.token: mine}
         try:
@@ -177,7 +185,10 @@ class Context:
         if outermost and not torch.compiler.is_compiling():
             self.follow()
         if running is None:
-            running = Running(self, outer, self.said)
+            said = self.said
+            if len(said.get(OWNERS, ())) > 1:
+                _refuse_overlap(said[OWNERS])
+            running = Running(self, outer, said)
             begin(running, None if torch.compiler.is_compiling() else sys._getframe(2))
         running.entered.append(id(module))
         given = Given(module, names, {**dict(zip(names, args)), **kwargs}, outermost)
@@ -247,6 +258,35 @@ def accept_dense_weights(model: nn.Module, keys: Any) -> None:
     lacks = [key for key in keys.missing_keys if PATCHED in key]
     if lacks and len(lacks) == sum(PATCHED in key for key in model.state_dict()):
         keys.missing_keys[:] = [key for key in keys.missing_keys if PATCHED not in key]
+
+
+def _generator_that_says(frame: Any) -> int:
+    """Id of the frame that wrote ``with hap.prompt(...)``, if that is a generator's (which may be left in the middle of
+    the block); else 0."""
+    while frame is not None and (
+        frame.f_code.co_filename.endswith(("contextlib.py", "api.py")) or frame.f_code.co_filename == __file__
+    ):
+        frame = frame.f_back
+    return id(frame) if frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR else 0
+
+
+def _refuse_overlap(owners: tuple[int, ...]) -> None:
+    """Refuse a forward of one generator inside the ``hap.prompt`` of another one, which was left in the middle.
+
+    Raises:
+        PatchError: the innermost block belongs to a generator that does not run, and one around it to one that does.
+    """
+    running = set()
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        running.add(id(frame))
+        frame = frame.f_back
+    if owners[-1] not in running and any(owner in running for owner in owners):
+        raise PatchError(
+            "two generators hold a hap.prompt block of this model open at a time, and this forward would be told what "
+            "the other one said (Python's generators share their context). Put hap.prompt around every forward instead "
+            "of around a yield, or run each conversation in a task or thread of its own"
+        )
 
 
 def _rearranged(given: Given, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from ..forward.checkpointing import FACTS
 from ..forward.exporting import exported
 from ..forward.packing import from_lengths
 from ..kernels import Result, attention
+from ..model.devices import HOOK, onloaded
 from . import pieces, steady
 from .dispatch import live, register
 from .names import CHILD
@@ -83,7 +84,11 @@ class PatchStack(nn.Module):
             if torch.compiler.is_exporting():
                 names = ", ".join(dict.fromkeys(p.entry.config.name for p in self.site_patches()))
                 return exported(names, self._run, running, module, query, key, value, attention_mask, kwargs)
-            return self._run(running, module, query, key, value, attention_mask, kwargs)
+            held = [p for p in self.site_patches() if p._parameters or p._buffers or p._modules]
+            if not any(HOOK in m.__dict__ for p in held for m in p.modules()):
+                return self._run(running, module, query, key, value, attention_mask, kwargs)
+            with onloaded(*held):  # offloaded after it was patched
+                return self._run(running, module, query, key, value, attention_mask, kwargs)
         finally:
             if running is not None and running.layers:
                 for patch in self.site_patches():

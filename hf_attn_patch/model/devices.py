@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+HOOK = "_hf_hook"  # attribute of a module that accelerate moves around
 
 
 def _told(module: nn.Module) -> torch.device | None:
@@ -36,3 +40,19 @@ def execution_device(model: nn.Module, path: str, module: nn.Module) -> torch.de
     parameters = list(module.parameters())
     real = [p.device for p in parameters if p.device.type != "meta"]
     return next(iter(real or [p.device for p in parameters]), None)
+
+
+@contextmanager
+def onloaded(*modules: nn.Module) -> Iterator[None]:
+    """Inside, parameters of `modules` that accelerate offloaded (patched first, offloaded later) are where they are
+    used: its hooks move them around a module's forward, and the modules that hold tensors of patches have none."""
+    held = [
+        m for one in modules for m in (one, *one._modules.values()) if m is not None and HOOK in m.__dict__
+    ]
+    try:
+        for module in held:
+            module.__dict__[HOOK].pre_forward(module)
+        yield
+    finally:
+        for module in held:
+            module.__dict__[HOOK].post_forward(module, None)

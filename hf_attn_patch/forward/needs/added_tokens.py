@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ModelMismatchError
+from ...model.devices import onloaded
 from ...model.sites import Site, base_model, layer_module
 from .base import Hooks, Need
 
@@ -106,7 +107,8 @@ class Added:
             return None
         hidden = args[0] if args else kwargs.get("hidden_states")
         patch, config = found
-        tokens = config.added_tokens(patch, self.context.model.get_submodule(self.path).training)
+        with onloaded(patch):
+            tokens = config.added_tokens(patch, self.context.model.get_submodule(self.path).training)
         if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != tokens.shape[-1]:
             shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ModelMismatchError(
@@ -146,7 +148,8 @@ class Answers:
         tokens, labels = scratch.get(CLASS_TOKENS), scratch.get(LABELS)
         if tokens is None or found is None or not hasattr(output, "keys"):
             return None
-        logits = found[1].class_logits(self.norm(tokens), found[0])
+        with onloaded(found[0]):
+            logits = found[1].class_logits(self.norm(tokens), found[0])
         output["logits"] = logits
         if labels is not None:
             output["loss"] = F.cross_entropy(logits.float(), labels.to(logits.device))
