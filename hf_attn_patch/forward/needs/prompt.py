@@ -95,7 +95,7 @@ def _compute_again(running: Running, given: Given) -> None:
     ids = memory.last_ids
     memory.last_ids = None
     assert seen is not None and ids is not None
-    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    inputs: dict[str, Any] = {"input_ids": ids, given.cache_name: cache, "use_cache": True}
     mask = given.get("attention_mask")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
