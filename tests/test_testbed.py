@@ -398,6 +398,7 @@ def test_shipped_digits_vit_reads_as_many_digits_as_documented(cache, index):
     assert model.vit(to_pixels(torch.zeros(8, 8))["pixel_values"]).last_hidden_state.shape == (1, 65, 64)
 
 
+@pytest.mark.slow
 def test_training_digits_vit_learns():
     pytest.importorskip("sklearn")
     from hf_attn_patch.testbed import digits_vit

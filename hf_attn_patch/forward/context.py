@@ -216,7 +216,7 @@ class Context:
         running = current(self)
         if running is None or not running.entered or running.entered[-1] != id(module):
             return None
-        running.adopt(getattr(output, "past_key_values", None))
+        running.adopt(_cache_of(output))
         running.entered.pop()
         if running.entered:
             return None
@@ -301,6 +301,12 @@ def _rearranged(given: Given, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 _names: dict[Any, list[str]] = {}
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache in a model's output: `cache` since transformers 5.24, `past_key_values` before."""
+    found = getattr(output, "cache", None)
+    return getattr(output, "past_key_values", None) if found is None else found
 
 
 def _parameter_names(cls: Any) -> list[str]:

@@ -65,7 +65,7 @@ class Generate:
         length = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None
         if isinstance(embeds, Tensor) and (length is None or length < embeds.shape[1]):
             length = embeds.shape[1]
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        mask, cache = given.get("attention_mask"), given.get("past_key_values", given.get("cache"))
         if cache is not None and length is not None and isinstance(mask, Tensor) and mask.shape[1] > length:
             length = mask.shape[1]  # only what is new was passed
         return Prompt(self.context, length, {**given, "input_ids": ids})

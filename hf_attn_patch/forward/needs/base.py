@@ -64,13 +64,14 @@ class Given:
         self.changed: dict[str, Any] = {}
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self.arguments.get(name, default)
+        return self.arguments.get(self.cache_name if name == "past_key_values" else name, default)
 
     def __contains__(self, name: str) -> bool:
         return name in self.arguments
 
     def replace(self, name: str, value: Any) -> None:
         """Give the model `value` as argument `name`."""
+        name = self.cache_name if name == "past_key_values" else name
         self.arguments[name] = self.changed[name] = value
 
     @property
@@ -81,7 +82,13 @@ class Given:
     @property
     def has_cache(self) -> bool:
         """Whether the model takes a KV cache."""
-        return "past_key_values" in self.names
+        return "past_key_values" in self.names or "cache" in self.names
+
+    @property
+    def cache_name(self) -> str:
+        """What the argument is called: `cache` since transformers 5.24, which still takes its old name."""
+        old = "past_key_values"
+        return old if old in self.arguments or "cache" not in self.names else "cache"
 
 
 class Hooks:

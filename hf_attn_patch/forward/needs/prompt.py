@@ -104,7 +104,7 @@ def _compute_again(running: Running, given: Given) -> None:
             "belongs to an image, whose features are not here any more. End no part inside or right behind an image, "
             f"or: {SAY_IT}"
         )
-    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    inputs: dict[str, Any] = {"input_ids": ids, given.cache_name: cache, "use_cache": True}
     mask = given.get("attention_mask")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:

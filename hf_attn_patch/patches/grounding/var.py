@@ -85,8 +85,8 @@ class VisualAttentionRedistribution(Patch):
     image" when it is no image token itself and has an image key before it, which for one image is the
     original's rule and does not depend on later tokens. Sinks are found in the prompt, as ``generate`` knows it, or
     else in every forward of several tokens, and generated tokens never become sinks; when prompt and answer are scored
-    in one forward, say where the prompt ends with ``hap.prompt(model, length=...)``.
-    Third parties report better POPE, but *worse* CHAIR captions.
+    in one forward, say where the prompt ends with ``hap.prompt(model, length=...)``. Third parties report
+    better POPE, but *worse* CHAIR captions.
     """
 
     paper = "See What You Are Told: Visual Attention Sink in Large Multimodal Models"
@@ -174,7 +174,7 @@ class VisualAttentionRedistribution(Patch):
     def _dims(self) -> tuple[int, ...]:
         return dims_of(self.dims)
 
-    def _sinks(self, call: Call, columns: Tensor) -> Tensor:
+    def _sinks(self, call: Call, columns: Tensor, seen: int) -> Tensor:
         """bool [B, columns seen]: sinks of this layer, found while tokens are read and remembered per cache."""
         context = call.context
         assert context is not None
@@ -188,7 +188,6 @@ class VisualAttentionRedistribution(Patch):
             found = hidden.new_zeros(hidden.shape[:2], dtype=torch.bool)
         key = f"var sinks {call.path}"
         before = of_rows(context.memory, key, found.shape[0])
-        seen = int(columns[0])
         if seen == 0:
             before = found.new_zeros(found.shape[0], 0)
         if before is None:
@@ -208,14 +207,14 @@ class VisualAttentionRedistribution(Patch):
         if chosen.skip_last and call.layer == image_keys.depth_in(context) - 1:
             return
         columns = program.mask.query_columns
-        sinks = self._sinks(call, columns)
+        sinks = self._sinks(call, columns, program.mask.q_offset)
         image = context.image_keys
         if image is None:
             raise ModelMismatchError(
                 "var: this forward had no input_ids, so image tokens are unknown; pass them, or name the image "
                 "keys with hap.prompt(model, image_keys=...)"
             )
-        end = int(columns[-1]) + 1
+        end = program.mask.q_offset + program.mask.q_len
         image = image[:, :end].to(sinks.device)
         if image.shape[1] < end:  # hap.prompt spoke of the prompt; its answer holds no image tokens
             image = torch.nn.functional.pad(image, (0, end - image.shape[1]))
