@@ -251,7 +251,7 @@ def _grouped(results: list[dict[str, Any]], kind: str) -> list[str]:
     found: dict[str, dict[str, list[str]]] = {}
     for result in results:
         for one in result["parts"].values():
-            for test, said in one[kind].items():
+            for test, said in one.get(kind, {}).items():
                 said = re.sub(r"transformers \d\S+ fails", "it fails", re.sub("[|<>]", " ", said))
                 found.setdefault(test, {}).setdefault(said, []).append(result["name"])
     return [

@@ -404,7 +404,6 @@ def test_training_digits_vit_learns():
     from hf_attn_patch.testbed import digits_vit
 
     state = torch.get_rng_state()
-    assert (
-        digits_vit.accuracy(digits_vit.train(epochs=2)) > 0.25
-    )  # guessing: 0.1; the shipped weights took 30
+    learned = digits_vit.accuracy(digits_vit.train(epochs=6))
+    assert learned > 0.3  # 0.54 here; guessing gives 0.1, all 30 epochs 0.95
     assert torch.equal(torch.get_rng_state(), state)

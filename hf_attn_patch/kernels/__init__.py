@@ -7,6 +7,7 @@ triton, torch, reference that can run the program, and reports why the ones befo
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,8 @@ def check_impl(impl: str) -> str:
     return impl
 
 
+OLDEST_TRITON = (3, 6)  # as in pyproject's extra; torch 2.6 pins 3.2
+_missing: dict[str, str | None] = {}  # "triton" -> why it cannot be used, once that was asked
 _loaded: dict[str, Any] = {}  # a plain dict: torch.compile can read it, and cannot import
 
 
@@ -70,6 +73,21 @@ def prepare(device: torch.device) -> None:
             executor(name)
 
 
+def _without_triton() -> str | None:
+    """Reason the Triton kernels cannot be imported, or None; asked once."""
+    if "triton" not in _missing:
+        reason = None
+        if importlib.util.find_spec("triton") is None:
+            reason = "triton is not installed (pip install 'hf_attn_patch[triton]')"
+        else:
+            found = importlib.metadata.version("triton")
+            if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+                oldest = ".".join(map(str, OLDEST_TRITON))
+                reason = f"triton {found} is installed, the kernels need {oldest} (torch pins the one it comes with)"
+        _missing["triton"] = reason
+    return _missing["triton"]
+
+
 def unavailable(name: str, device: torch.device, forced: bool = True) -> str | None:
     """Reason executor `name` can run nothing at all on `device`, or None; known before any forward.
 
@@ -78,8 +96,8 @@ def unavailable(name: str, device: torch.device, forced: bool = True) -> str | N
     if name == "triton":
         if device.type == "cpu" and not forced:
             return "the tensors are on cpu"
-        if name not in _loaded and importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install 'hf_attn_patch[triton]')"
+        if name not in _loaded and (reason := _without_triton()) is not None:
+            return reason
         return executor(name).is_available(device)
     return None
 
