@@ -18,6 +18,7 @@ from .install.found import entries_of
 from .install.handle import PatchHandle
 from .install.patching import patch_model
 from .install.plan import plan as plan
+from .install.state import get_state as get_state
 from .install.undo import remove_all
 from .model.selection import Selector
 from .model.wrappers import transformers_models

@@ -11,23 +11,14 @@ from .settings import QUICK, SETTINGS, base, judge
 from .settings.base import Bench, Setting, cases_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-# found and not fixed yet: (setting, method) -> what happens
-FAULTS = {
-    (
-        "batched chat, padding between the turns",
-        "moa",
-    ): "spans kept per head drop tokens of a row with padding inside",
-}
 
 
 @pytest.mark.parametrize("method", QUICK)
 @pytest.mark.parametrize("name", list(SETTINGS))
-def test_a_patched_model_is_right_or_refuses(name, method, request):
+def test_a_patched_model_is_right_or_refuses(name, method):
     cases = cases_for(name, method, 1)
     if not cases:
         pytest.skip("no family of this method can do it")
-    if (name, method) in FAULTS:
-        request.applymarker(pytest.mark.xfail(reason=FAULTS[name, method], strict=True))
     for case in cases:
         found = judge(name, case)
         assert found.state != "WRONG", found.why

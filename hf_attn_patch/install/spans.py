@@ -52,7 +52,11 @@ class SpanCache(Need):
         if running.seen and "spans noted" not in memory:
             memory["spans noted"] = True
             self._note(cache)
-        if running.seen and memory.get("spans") == key and not memory.get("spans waiting"):
+        fresh = given.ids if isinstance(given.ids, Tensor) else given.get("inputs_embeds")
+        token = (
+            isinstance(fresh, Tensor) and fresh.shape[1] == 1
+        )  # more may bring padding between the tokens of a row
+        if running.seen and token and memory.get("spans") == key and not memory.get("spans waiting"):
             return  # nothing that spans depend on has changed since the last token
         wanted = self.wanted(running)
         if wanted:
