@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import hf_attn_patch as hap
-from hf_attn_patch.errors import CompositionError, ModelMismatchError
+from hf_attn_patch.errors import AdapterError, CompositionError, ModelMismatchError
 from hf_attn_patch.install.dispatch import registered
 from hf_attn_patch.model import sites as site_module
 from hf_attn_patch.model.sites import find_sites
 from hf_attn_patch.model.survey import Survey
 from hf_attn_patch.testbed.tiny import tiny_inputs, tiny_model
 
-from .small import refused
+from .small import differ, refused
 
 STREAMING = {"sinks": 1, "window": 3}
 
@@ -61,10 +61,37 @@ def test_the_wrappers_are_known_outermost_first():
     assert Survey.of(outer).wrappers == (outer, inner) and Survey.of(model).wrappers == ()
 
 
-def test_two_independent_models_in_one_wrapper_are_refused_by_name():
+def test_every_model_of_a_wrapper_is_patched_and_undone():
     pair = Wrapper(policy=tiny_model("llama"), reference=tiny_model("llama", seed=1))
+    x = tiny_inputs(pair.policy, batch=1, length=12)
+    dense = [one(**x).logits for one in (pair.policy, pair.reference)]
     with refused(ModelMismatchError, "2 independent", "policy", "reference", "wrapper.policy"):
-        hap.patch(pair, "streaming", **STREAMING)
+        hap.plan(pair, "streaming", **STREAMING)  # a plan is of one model
+    handle = hap.patch(pair, "streaming", **STREAMING)
+    alone = [hap.active(one)[0] for one in (pair.policy, pair.reference)]
+    assert len(handle.sites) == sum(len(h.sites) for h in alone) == 4 and handle.is_active
+    assert len(handle.report().sites) == 4 and "2 models" in repr(handle)
+    patched = [one(**x).logits for one in (pair.policy, pair.reference)]
+    assert all(differ(a, b) for a, b in zip(patched, dense))
+    with handle.disabled():
+        assert all(torch.equal(one(**x).logits, a) for one, a in zip((pair.policy, pair.reference), dense))
+    with refused(AdapterError, "2 models", "handle.handles[0]"):
+        handle.save("nowhere")
+    handle.remove()
+    assert not handle.is_active and hap.active(pair) == []
+    assert all(torch.equal(one(**x).logits, a) for one, a in zip((pair.policy, pair.reference), dense))
+
+
+def test_a_wrapper_of_which_one_model_cannot_be_patched_is_left_alone():
+    pair = Wrapper(policy=tiny_model("llama"), reference=tiny_model("llama", num_hidden_layers=3))
+    plan = {"alphas": [[2.0] * 4] * 2, "betas": [[0.1] * 4] * 2}
+    with refused(ModelMismatchError, "2 layers", "3"):
+        hap.patch(pair, "moa", plan=plan)
+    assert hap.active(pair) == []
+
+
+def test_patches_on_the_models_of_a_wrapper_are_seen_through_it():
+    pair = Wrapper(policy=tiny_model("llama"), reference=tiny_model("llama", seed=1))
     hap.patch(pair.policy, "streaming", **STREAMING)
     hap.patch(pair.reference, "head_gate", gate=0.5)
     assert sorted(h.name for h in hap.active(pair)) == ["head_gate", "streaming"]
