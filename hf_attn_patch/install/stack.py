@@ -78,7 +78,9 @@ class PatchStack(nn.Module):
             short = self.steady.run(self, module, query, key, value, attention_mask, kwargs)
             if short is not None:
                 return short
-            self.steady = None
+        self.steady = (
+            None  # made anew in every conversation: what a token gives must not depend on earlier ones
+        )
         running = None if self.context is None else self.context.running()
         try:
             if torch.compiler.is_exporting():

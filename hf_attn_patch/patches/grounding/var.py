@@ -179,7 +179,11 @@ class VisualAttentionRedistribution(Patch):
         context = call.context
         assert context is not None
         hidden = context.layer_input(call.path).detach()  # a decision, not a differentiable quantity
-        told = context.prompt_length if context.memory.told else context.override.get("length")
+        told = (
+            context.prompt_length
+            if getattr(context.memory, "told", False)
+            else context.override.get("length")
+        )
         if columns.numel() > 1 or told is not None:
             found = sink_tokens(hidden, self._dims, self.tau)
             if told is not None:
