@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -15,8 +16,20 @@ from transformers import DynamicCache, StaticCache
 import hf_attn_patch as hap
 from hf_attn_patch.testbed.tiny import tiny_inputs, tiny_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from compile_table import WRONG, compiled, exported
+
+def _script(name):
+    """A script as a module; its folder on the path would hide the `kernels` and `coverage` libraries."""
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_table = _script("compile_table")
+WRONG, compiled, exported = _table.WRONG, _table.compiled, _table.exported
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
