@@ -16,6 +16,7 @@ from hf_attn_patch.install import stack
 from hf_attn_patch.patches.vision.biformer import local_enhancement
 from hf_attn_patch.patches.vision.sparsifiner import basis, coefficients, kept_coefficients, most_likely
 from tests.conformance.families import forward
+from tests.small import model_of
 from tests.test_golden_chosen import edited
 from tests.test_vision import image, vit
 
@@ -284,3 +285,23 @@ def test_a_predictor_serves_images_of_another_size(programs):
         model(**image(8), interpolate_pos_encoding=True)
     chosen = programs[0][0].rules[0].chosen
     assert chosen.shape[2:] == (64, 64) and (chosen.sum(-1) == 16).all()
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vmoba", {"slab": 1, "tile": [1, 4], "cube": [1, 1, 4], "threshold": 0.3}),
+        ("biformer", {"regions": [2, 2], "topk": 2}),
+        ("sparsifiner", {"coefs": 2, "reduce": 2, "keep": 0.4}),
+    ],
+)
+def test_padded_patches_are_refused_where_keys_are_pooled(name, options):
+    model = model_of("idefics3", vision_config={"image_size": 64})
+    tower = model.model.vision_model
+    real = torch.ones(1, 8, 8, dtype=torch.bool)
+    pixels = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with hap.patched(model, name, part="vision", **options), torch.no_grad():
+        tower(pixel_values=pixels, patch_attention_mask=real)  # nothing is padded
+        real[:, :, 5:] = False
+        with pytest.raises(hap.PatchError, match="padding"):
+            tower(pixel_values=pixels, patch_attention_mask=real)

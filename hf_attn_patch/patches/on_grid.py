@@ -187,6 +187,12 @@ class ChosenOnGrid(GridPatch):
     def edit(self, program: Program, call: Call) -> None:
         grid, prefix = call_grid(self.name, self.given, program, call)
         self.fit(grid)
+        if program.mask.restricts:
+            raise ModelMismatchError(
+                f"{self.name}: some patches of this call are padding or hidden by a mask, and what is read is chosen "
+                "by pooled keys, which would hold them. Give images that fill the grid (no padded pixels), or take a "
+                "method with a fixed pattern (neighborhood, swin_window)"
+            )
         rule = self.choose(program, call, grid, prefix)
         program.share = rule.share()
         program.restrict(rule, call.heads)
