@@ -208,7 +208,7 @@ try: handle.save(out / "file"); raise SystemExit("no refusal")
 except hap.errors.AdapterError as refusal: assert "no folder" in str(refusal), refusal
 hap.unpatch(model)
 try: hap.load(model, out / "adapter"); raise SystemExit("no refusal")
-except hap.PatchError as refusal: assert "fully_shard" in str(refusal), refusal
+except hap.errors.ModelMismatchError as refusal: assert "fully_shard" in str(refusal), refusal
 assert not hap.active(model)
 (out / f"done-{rank}").write_text("")
 dist.destroy_process_group()

@@ -35,9 +35,9 @@ LONGEST = 350
 LONG = {
     "calibration/moa.py": 378,
     "eval/cab/leaks.py": 385,
-    "kernels/layout.py": 420,
-    "kernels/triton/classes.py": 620,
-    "kernels/triton/decode.py": 640,
+    "kernels/layout.py": 416,
+    "kernels/triton/classes.py": 584,
+    "kernels/triton/decode.py": 619,
     "kernels/triton/layout_attention.py": 402,
     "kernels/triton/layout_backward.py": 356,
     "kernels/triton/ragged_queries.py": 720,
